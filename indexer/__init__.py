@@ -1,0 +1,1 @@
+"""An AT Protocol indexer: follows the firehose, verifies everything, serves what it knows."""

@@ -1,0 +1,210 @@
+"""The one tree of exceptions.
+
+Owns every exception class of the project; foreign exceptions are translated into one of these at
+the border where they appear. An error carries its data as attributes, and its message says what
+was wrong and, where a person can act on it, what to do. No I/O; any thread.
+
+::
+
+    IndexerError
+    ├── BadInput                 what somebody sent us is wrong; drop, count by reason, go on
+    │   ├── SyntaxInvalid        a DID, handle, NSID, record key, TID, AT-URI, datetime, CID string
+    │   ├── DagCborError         bytes are not canonical DAG-CBOR
+    │   ├── RecordInvalid        a record breaks the data model (its row is flagged, the repo stands)
+    │   ├── CarError             a CAR is malformed, truncated, corrupt or beyond a limit
+    │   ├── MstError             a tree breaks a rule of the MST
+    │   │   └── MissingBlock     a node or record that the walk needs is not there
+    │   ├── CommitError          a commit object is malformed or says something else than its frame
+    │   ├── SignatureInvalid     a signature does not verify, or a key cannot be used
+    │   ├── FrameError           a firehose message is malformed
+    │   └── DidDocumentInvalid   a DID document lacks or misstates what we need
+    ├── IdentityError
+    │   ├── IdentityGone         an authoritative "no": 404, 410, no usable document
+    │   └── IdentityUnavailable  no answer now; try again later
+    ├── FetchError               an HTTP fetch failed
+    │   ├── UrlRefused           the guard for outbound URLs said no
+    │   ├── FetchTransient       try again (carries ``retry_after`` seconds or None)
+    │   └── FetchRefused         the host's final word (carries ``status`` and XRPC ``name``)
+    ├── StoreError               our own state; stop loudly
+    │   ├── StoreCorrupt         a row does not decode, a block does not hash to its CID
+    │   ├── StoreBusy            RocksDB asks for patience (write stall); retried by the writer
+    │   ├── StoreFull            the disk is full
+    │   ├── StoreLocked          another process holds the database
+    │   ├── StoreModeMismatch    the database was made in another mode
+    │   ├── StoreVersion         the format is newer than this program
+    │   └── WriterPoisoned       a commit failed; nothing more is written
+    ├── ConfigError              a setting is unknown, malformed or contradictory
+    └── UpstreamError            a firehose connection broke or answered an error frame
+"""
+
+from __future__ import annotations
+
+
+class IndexerError(Exception):
+    """Base of everything this project raises on purpose."""
+
+    #: Short snake-case name used in counters, quarantine rows and logs.
+    reason: str = "error"
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        super().__init__(message)
+        if reason is not None:
+            self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Attributes survive the trip back from a verifier process.
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+def _rebuild(cls: type[IndexerError], args: tuple[object, ...], state: dict[str, object]) -> IndexerError:
+    error = cls.__new__(cls, *args)
+    Exception.__init__(error, *args)
+    error.__dict__.update(state)
+    return error
+
+
+class BadInput(IndexerError):
+    """What somebody sent us is wrong."""
+
+    reason = "bad_input"
+
+
+class SyntaxInvalid(BadInput):
+    reason = "syntax"
+
+
+class DagCborError(BadInput):
+    reason = "dag_cbor"
+
+
+class RecordInvalid(BadInput):
+    reason = "record"
+
+
+class CarError(BadInput):
+    reason = "car"
+
+
+class MstError(BadInput):
+    reason = "mst"
+
+
+class MissingBlock(MstError):
+    """A block that the tree links to is absent. ``cid`` is its binary CID."""
+
+    reason = "missing_block"
+
+    def __init__(self, message: str, *, cid: bytes = b"", reason: str | None = None) -> None:
+        super().__init__(message, reason=reason)
+        self.cid = cid
+
+
+class CommitError(BadInput):
+    reason = "commit"
+
+
+class SignatureInvalid(BadInput):
+    reason = "signature"
+
+
+class FrameError(BadInput):
+    reason = "frame"
+
+
+class DidDocumentInvalid(BadInput):
+    reason = "did_document"
+
+
+class IdentityError(IndexerError):
+    reason = "identity"
+
+
+class IdentityGone(IdentityError):
+    """An authoritative no. ``tombstone`` is true for a DID that was deleted (410)."""
+
+    reason = "identity_gone"
+
+    def __init__(self, message: str, *, tombstone: bool = False) -> None:
+        super().__init__(message)
+        self.tombstone = tombstone
+
+
+class IdentityUnavailable(IdentityError):
+    reason = "identity_unavailable"
+
+
+class FetchError(IndexerError):
+    reason = "fetch"
+
+
+class UrlRefused(FetchError):
+    reason = "url_refused"
+
+
+class FetchTransient(FetchError):
+    """Worth another try. ``retry_after`` is in seconds, None when the host did not say."""
+
+    reason = "fetch_transient"
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, reason: str | None = None
+    ) -> None:
+        super().__init__(message, reason=reason)
+        self.retry_after = retry_after
+
+
+class FetchRefused(FetchError):
+    """The host's final word: HTTP ``status`` and, where it spoke XRPC, the error ``name``."""
+
+    reason = "fetch_refused"
+
+    def __init__(self, message: str, *, status: int, name: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.name = name
+
+
+class StoreError(IndexerError):
+    reason = "store"
+
+
+class StoreCorrupt(StoreError):
+    reason = "store_corrupt"
+
+
+class StoreBusy(StoreError):
+    reason = "store_busy"
+
+
+class StoreFull(StoreError):
+    reason = "store_full"
+
+
+class StoreLocked(StoreError):
+    reason = "store_locked"
+
+
+class StoreModeMismatch(StoreError):
+    reason = "store_mode"
+
+
+class StoreVersion(StoreError):
+    reason = "store_version"
+
+
+class WriterPoisoned(StoreError):
+    reason = "writer_poisoned"
+
+
+class ConfigError(IndexerError):
+    reason = "config"
+
+
+class UpstreamError(IndexerError):
+    """A firehose connection broke. ``name`` is the error frame's name, "" for a transport fault."""
+
+    reason = "upstream"
+
+    def __init__(self, message: str, *, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
