@@ -33,6 +33,7 @@ was wrong and, where a person can act on it, what to do. No I/O; any thread.
     │   ├── StoreModeMismatch    the database was made in another mode
     │   ├── StoreVersion         the format is newer than this program
     │   └── WriterPoisoned       a commit failed; nothing more is written
+    ├── WorkerDied               a worker process died under its work, twice
     ├── ConfigError              a setting is unknown, malformed or contradictory
     └── UpstreamError            a firehose connection broke or answered an error frame
 """
@@ -194,6 +195,10 @@ class StoreVersion(StoreError):
 
 class WriterPoisoned(StoreError):
     reason = "writer_poisoned"
+
+
+class WorkerDied(IndexerError):
+    reason = "worker_died"
 
 
 class ConfigError(IndexerError):
