@@ -80,8 +80,12 @@ class Section(BaseModel):
 
 
 class FilterSettings(Section):
-    mode: Literal["full", "filter"] = Field("filter", description="`full` follows every account that is seen; `filter` follows what is asked for")
-    signals: Items = Field([], description="collections whose records make an unknown account wanted (`ns.*` allowed)")
+    mode: Literal["full", "filter"] = Field(
+        "filter", description="`full` follows every account that is seen; `filter` follows what is asked for"
+    )
+    signals: Items = Field(
+        [], description="collections whose records make an unknown account wanted (`ns.*` allowed)"
+    )
     collections: Items = Field([], description="collections to keep; empty keeps all (`ns.*` allowed)")
     excludes: Items = Field([], description="DIDs never to be followed")
 
@@ -104,9 +108,16 @@ class MetricsSettings(Section):
 
 
 class NetworkSettings(Section):
-    allow_private: bool = Field(False, description="permit private, loopback and link-local addresses and http (local networks)")
-    connect_to: Items = Field([], description="`host:port=address:port` overrides, as curl's --connect-to, for tests and local networks")
-    dns_server: str = Field("", description="address:port of the server for handle lookups; empty: the system's")
+    allow_private: bool = Field(
+        False, description="permit private, loopback and link-local addresses and http (local networks)"
+    )
+    connect_to: Items = Field(
+        [],
+        description="`host:port=address:port` overrides (curl --connect-to), for tests and local networks",
+    )
+    dns_server: str = Field(
+        "", description="address:port of the server for handle lookups; empty: the system's"
+    )
     connect_timeout: Duration = Field(5.0, description="time to connect to a host")
     timeout: Duration = Field(20.0, description="time for one small request")
 
@@ -140,16 +151,22 @@ class WriterSettings(Section):
 
 
 class EventsSettings(Section):
-    retention: Retention = Field(None, description="how long events are kept: a duration or `forever` (ephemeral mode: 60m)")
+    retention: Retention = Field(
+        None, description="how long events are kept: a duration or `forever` (ephemeral mode: 60m)"
+    )
 
 
 class GcSettings(Section):
     checkpoint_interval: Duration = Field(300.0, description="time between folds of the reference log")
-    checkpoint_rows: int = Field(100_000, ge=1, description="unfolded reference changes that bring the fold forward")
+    checkpoint_rows: int = Field(
+        100_000, ge=1, description="unfolded reference changes that bring the fold forward"
+    )
     ttl_interval: Duration = Field(60.0, description="time between watermarks and prunes")
     blocks_interval: Duration = Field(60.0, description="time between block collections")
     step_rows: int = Field(2000, ge=1, description="rows handled in one step of a worker")
-    compact_after: int = Field(100_000, ge=1, description="reclaimed blocks that ask for a compaction of their range")
+    compact_after: int = Field(
+        100_000, ge=1, description="reclaimed blocks that ask for a compaction of their range"
+    )
 
 
 class EphemeralSettings(Section):
@@ -166,7 +183,9 @@ class IngestSettings(Section):
     batch_frames: int = Field(64, ge=1, description="frames handed to a verifier at once")
     inflight_batches: int = Field(8, ge=1, description="batches under verification for a source")
     inflight_mib: int = Field(64, ge=1, description="bytes of frames under verification for a source")
-    receive_timeout: Duration = Field(60.0, description="silence, pings included, after which a connection is dropped")
+    receive_timeout: Duration = Field(
+        60.0, description="silence, pings included, after which a connection is dropped"
+    )
     reconnect_max: Duration = Field(60.0, description="longest wait between connection attempts")
     buffer_frames_per_repo: int = Field(1000, ge=1, description="frames that wait for one repository")
     buffer_kib_per_repo: int = Field(16384, ge=1, description="KiB that wait for one repository")
@@ -177,6 +196,9 @@ class IngestSettings(Section):
 class BackfillSettings(Section):
     concurrency: int = Field(8, ge=1, description="repositories fetched at one time")
     per_host: int = Field(4, ge=1, description="fetches at one time from one host")
+    processes: int = Field(
+        1, ge=0, le=64, description="processes that verify fetched repositories and rebuild trees"
+    )
     source: Literal["pds", "relay"] = Field("pds", description="where getRepo is asked first")
     max_car_mib: int = Field(2048, ge=1, description="largest repository CAR")
     max_nodes: int = Field(5_000_000, ge=1, description="most tree nodes and records of one repository")
@@ -186,11 +208,15 @@ class BackfillSettings(Section):
     min_kib_per_s: float = Field(8.0, ge=0, description="slowest fetch that is tolerated")
     retry_min: Duration = Field(5.0, description="first wait after a failed fetch")
     retry_max: Duration = Field(3600.0, description="longest wait after a failed fetch")
-    min_rev_tries: int = Field(5, ge=1, description="fetches older than min_rev before one is accepted with a mark")
+    min_rev_tries: int = Field(
+        5, ge=1, description="fetches older than min_rev before one is accepted with a mark"
+    )
 
 
 class XrpcSettings(Section):
-    rebuild_max_records: int = Field(2_000_000, ge=1, description="largest repository whose tree is rebuilt for an answer")
+    rebuild_max_records: int = Field(
+        2_000_000, ge=1, description="largest repository whose tree is rebuilt for an answer"
+    )
     tree_cache_mib: int = Field(64, ge=0, description="memory for rebuilt trees")
     max_concurrent: int = Field(256, ge=1, description="expensive queries at one time")
 
@@ -201,9 +227,13 @@ class StreamSettings(Section):
     send_buffer_kib: int = Field(1024, ge=64, description="bytes that may wait in one reader's socket")
     ping_interval: Duration = Field(20.0, description="time between pings")
     slow_window: Duration = Field(60.0, description="window in which a reader is judged slow")
-    slow_min_events_per_s: float = Field(10.0, ge=0, description="slower than this, while far behind, is too slow")
+    slow_min_events_per_s: float = Field(
+        10.0, ge=0, description="slower than this, while far behind, is too slow"
+    )
     slow_lag_events: int = Field(100_000, ge=1, description="how far behind the head counts as far")
-    cursor_notice_interval: Duration = Field(10.0, description="time between Cursor notices to a filtered reader")
+    cursor_notice_interval: Duration = Field(
+        10.0, description="time between Cursor notices to a filtered reader"
+    )
     max_options_kib: int = Field(64, ge=1, description="largest message or filter that a reader may send")
 
 
@@ -213,7 +243,9 @@ class FramesSettings(Section):
 
 
 class LogSettings(Section):
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level that is written")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe level that is written"
+    )
     format: Literal["console", "json"] = Field("console", description="form of the log lines")
 
 
@@ -221,12 +253,18 @@ class Settings(BaseSettings):
     """All settings. Immutable; parts receive their own section."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_nested_delimiter="__", enable_decoding=False,
-        extra="forbid", frozen=True, case_sensitive=False,
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        enable_decoding=False,
+        extra="forbid",
+        frozen=True,
+        case_sensitive=False,
     )
 
     data_dir: Path = Field(Path("data"), description="where everything is kept")
-    upstreams: Items = Field(["wss://relay1.us-east.bsky.network"], description="`wss://host` is a relay, `pds::wss://host` a PDS")
+    upstreams: Items = Field(
+        ["wss://relay1.us-east.bsky.network"], description="`wss://host` is a relay, `pds::wss://host` a PDS"
+    )
     plc_urls: Items = Field(["https://plc.directory"], description="PLC directories, tried in order")
     verifiers: int = Field(1, ge=0, le=64, description="verifier processes; 0 verifies in the daemon itself")
     memory_mib: int = Field(256, ge=32, description="memory of the store: block cache and write buffers")
@@ -255,7 +293,9 @@ class Settings(BaseSettings):
     def _ephemeral_retention(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Ephemeral mode keeps 60 minutes of events unless told otherwise."""
         ephemeral = values.get("ephemeral")
-        enabled = ephemeral.get("enabled") if isinstance(ephemeral, dict) else getattr(ephemeral, "enabled", False)
+        enabled = (
+            ephemeral.get("enabled") if isinstance(ephemeral, dict) else getattr(ephemeral, "enabled", False)
+        )
         if str(enabled).lower() in ("true", "1", "yes", "on") and "events" not in values:
             return {**values, "events": {"retention": "60m"}}
         return values
@@ -319,7 +359,11 @@ def load(file: Path | None = None, overrides: dict[str, Any] | None = None) -> S
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        merged[key] = (
+            _merge(merged[key], value)
+            if isinstance(value, dict) and isinstance(merged.get(key), dict)
+            else value
+        )
     return merged
 
 
@@ -330,5 +374,7 @@ def _describe(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown setting: {name}")
         else:
-            lines.append(f"setting {name}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
+            lines.append(
+                f"setting {name}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
+            )
     return "; ".join(lines)

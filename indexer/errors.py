@@ -147,9 +147,7 @@ class FetchTransient(FetchError):
 
     reason = "fetch_transient"
 
-    def __init__(
-        self, message: str, *, retry_after: float | None = None, reason: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, reason: str | None = None) -> None:
         super().__init__(message, reason=reason)
         self.retry_after = retry_after
 

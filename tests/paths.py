@@ -1,4 +1,4 @@
-"""Where tests find their data: the project's own, and the shared folder beside a checkout when it is there."""
+"""Where tests find their data: the project's own, and the shared folder beside a checkout, if any."""
 
 from __future__ import annotations
 
