@@ -1,0 +1,63 @@
+"""The `indexer` command: names its subcommands, imports each only when it is called.
+
+Owns the translation of errors into one line on standard error and an exit code:
+0 done, 1 the input, the database or the daemon said no, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from indexer import __version__
+from indexer.errors import IndexerError
+
+#: command name → where its click command lives, and the line shown in the list of commands
+COMMANDS = {
+    "run": ("indexer.commands.run:run", "Run the daemon."),
+    "demo": ("indexer.commands.demo:demo", "Run the daemon against a simulated network; no internet needed."),
+    "simulate": ("indexer.commands.simulate:simulate", "Run only the simulated network."),
+    "repo": ("indexer.commands.client:repo", "Follow repositories and look at their state."),
+    "get": ("indexer.commands.client:get", "Print a record by its at:// URI."),
+    "stream": ("indexer.commands.client:stream", "Print the event stream."),
+    "car": ("indexer.commands.car:car", "Inspect, verify and unpack repository CAR files."),
+    "config": ("indexer.commands.config:config", "Show and check settings."),
+}
+
+
+class _Commands(click.Group):
+    """Imports a command's module only when the command is called, so that each starts quickly."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(version)s")
+def cli() -> None:
+    """An AT Protocol indexer: follows the firehose, verifies everything, serves what it knows."""
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Runs the command line; never shows a traceback for an error that we raise on purpose."""
+    try:
+        return cli(arguments)
+    except IndexerError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
