@@ -34,6 +34,7 @@ was wrong and, where a person can act on it, what to do. No I/O; any thread.
     │   ├── StoreVersion         the format is newer than this program
     │   └── WriterPoisoned       a commit failed; nothing more is written
     ├── WorkerDied               a worker process died under its work, twice
+    ├── RequestError             a query is refused (carries HTTP ``status`` and XRPC ``name``)
     ├── ConfigError              a setting is unknown, malformed or contradictory
     └── UpstreamError            a firehose connection broke or answered an error frame
 """
@@ -197,6 +198,17 @@ class WriterPoisoned(StoreError):
 
 class WorkerDied(IndexerError):
     reason = "worker_died"
+
+
+class RequestError(IndexerError):
+    """A query is refused: HTTP ``status`` and XRPC error ``name``, as its answer shows them."""
+
+    reason = "request"
+
+    def __init__(self, message: str, *, status: int = 400, name: str = "InvalidRequest") -> None:
+        super().__init__(message)
+        self.status = status
+        self.name = name
 
 
 class ConfigError(IndexerError):
