@@ -1,0 +1,117 @@
+"""The table of keyspaces: name, key codec, value codec, tuning. One RocksDB column family each.
+
+Opening, statistics, compaction, the integrity check and the debug commands derive from it; no other
+module builds a key by hand. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from indexer.atproto.types import Cid, Did, EventId, Micros, Path, Rev
+from indexer.store import codecs
+from indexer.store.codecs import (
+    AccountStatus,
+    Codec,
+    FrameKind,
+    QuarantineRow,
+    RecordRow,
+    RefChange,
+    RepoRow,
+)
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Tuning(NamedTuple):
+    """How a keyspace is laid out on disk."""
+
+    block_kib: int = 4
+    bloom: bool = False  # lookups often miss
+    collected: bool = False  # rows are deleted: compact where tombstones gather
+    zstd_dictionary: bool = False  # bulky and alike: zstd with a dictionary at the bottom
+    weight: int = 1  # share of the write buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Keyspace(Generic[K, V]):
+    name: str
+    key: Codec[K]
+    value: Codec[V]
+    tuning: Tuning = Tuning()
+    show: Callable[[K, V], str] = lambda key, value: f"{key!r} {value!r}"
+
+
+def _read_only(_value: Any) -> bytes:
+    raise TypeError("rows of this keyspace are packed by the transaction alone")
+
+
+_RAW: Final = Codec[bytes](bytes, bytes)
+_EMPTY: Final = Codec[None](lambda _value: b"", lambda _data: None)
+_U64: Final = Codec[int](codecs.encode_u64, codecs.decode_u64)
+_INT: Final = Codec[int](codecs.pack, codecs.unpack)
+_ANY: Final = Codec[Any](codecs.pack, codecs.unpack)
+_NAME: Final = Codec[str](str.encode, bytes.decode)
+_PAIR: Final = Codec[tuple[str, str]](codecs.encode_pair, codecs.decode_pair)
+_DID_CID: Final = Codec[tuple[Did, Cid]](codecs.encode_cid_key, codecs.decode_cid_key)
+_DUE: Final = Codec[tuple[Micros, Did]](codecs.encode_due, codecs.decode_due)
+_FRAME: Final = Codec[tuple[Did, Rev, FrameKind, str]](codecs.encode_frame_key, codecs.decode_frame_key)
+_REPO: Final = Codec[RepoRow](codecs.encode_repo, codecs.decode_repo)
+_RECORD: Final = Codec[RecordRow](codecs.encode_record, codecs.decode_record)
+_WORD: Final = Codec[tuple[AccountStatus, bool, int, Micros]](codecs.encode_word_value, codecs.decode_word)
+_CHANGES: Final = Codec[list[RefChange]](_read_only, codecs.decode_reflog)
+_WAITING: Final = Codec[tuple[int, bytes]](codecs.encode_waiting, codecs.decode_waiting)
+_QUARANTINE: Final = Codec[QuarantineRow](codecs.encode_quarantine, codecs.decode_quarantine)
+
+
+def _show_cid(key: tuple[Did, Cid], value: object) -> str:
+    return f"{key[0]} {key[1].hex()} {len(value) if isinstance(value, bytes) else value}"
+
+
+REPOS: Final[Keyspace[Did, RepoRow]] = Keyspace("repos", _NAME, _REPO, Tuning(bloom=True))
+ACCOUNT_STATUS: Final[Keyspace[tuple[Did, str], tuple[AccountStatus, bool, int, Micros]]] = Keyspace(
+    "account_status", _PAIR, _WORD
+)
+RECORDS: Final[Keyspace[tuple[Did, Path], RecordRow]] = Keyspace(
+    "records", _PAIR, _RECORD, Tuning(8, bloom=True, collected=True, weight=4)
+)
+BLOCKS: Final[Keyspace[tuple[Did, Cid], bytes]] = Keyspace(
+    "blocks", _DID_CID, _RAW, Tuning(16, bloom=True, collected=True, zstd_dictionary=True, weight=8), _show_cid
+)
+BLOCK_REFS: Final[Keyspace[tuple[Did, Cid], int]] = Keyspace(
+    "block_refs", _DID_CID, _INT, Tuning(8, bloom=True, collected=True, weight=2), _show_cid
+)
+REFLOG: Final[Keyspace[int, list[RefChange]]] = Keyspace(
+    "reflog", _U64, _CHANGES, Tuning(16, collected=True, weight=2)
+)
+GC_QUEUE: Final[Keyspace[tuple[Did, Cid], None]] = Keyspace(
+    "gc_queue", _DID_CID, _EMPTY, Tuning(collected=True), _show_cid
+)
+#: The id is the key: `codecs.decode_event` joins the two.
+EVENTS: Final[Keyspace[EventId, bytes]] = Keyspace(
+    "events", _U64, _RAW, Tuning(16, collected=True, zstd_dictionary=True, weight=4),
+    lambda key, value: repr(codecs.decode_event(key, value)),
+)  # fmt: skip
+CURSORS: Final[Keyspace[str, Any]] = Keyspace("cursors", _NAME, _ANY)
+COUNTS: Final[Keyspace[str, int]] = Keyspace("counts", _NAME, _INT, Tuning(bloom=True))
+PENDING: Final[Keyspace[tuple[Micros, Did], None]] = Keyspace(
+    "pending", _DUE, _EMPTY, Tuning(collected=True)
+)
+RESYNC_BUFFER: Final[Keyspace[tuple[Did, Rev, FrameKind, str], tuple[int, bytes]]] = Keyspace(
+    "resync_buffer", _FRAME, _WAITING, Tuning(16, collected=True, weight=2)
+)
+FILTER: Final[Keyspace[tuple[str, str], None]] = Keyspace("filter", _PAIR, _EMPTY)
+QUARANTINE: Final[Keyspace[int, QuarantineRow]] = Keyspace(
+    "quarantine", _U64, _QUARANTINE, Tuning(16, collected=True)
+)
+
+KEYSPACES: Final[dict[str, Keyspace[Any, Any]]] = {
+    keyspace.name: keyspace
+    for keyspace in (
+        REPOS, ACCOUNT_STATUS, RECORDS, BLOCKS, BLOCK_REFS, REFLOG, GC_QUEUE, EVENTS, CURSORS, COUNTS,
+        PENDING, RESYNC_BUFFER, FILTER, QUARANTINE,
+    )
+}  # fmt: skip
