@@ -110,7 +110,24 @@ class SignatureInvalid(BadInput):
 
 
 class FrameError(BadInput):
+    """``fatal``: the connection is to be dropped; otherwise only this message is refused, and ``seq``
+    and ``did`` are what it says of itself, as far as they can be read."""
+
     reason = "frame"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        fatal: bool = True,
+        seq: int | None = None,
+        did: str = "",
+    ) -> None:
+        super().__init__(message, reason=reason)
+        self.fatal = fatal
+        self.seq = seq
+        self.did = did
 
 
 class DidDocumentInvalid(BadInput):
