@@ -56,7 +56,6 @@ _grandfathered = re.compile(
     r"en-gb-oed|i-(?:ami|bnn|default|enochian|hak|klingon|lux|mingo|navajo|pwn|tao|tay|tsu)"
     r"|sgn-be-fr|sgn-be-nl|sgn-ch-de"
 ).fullmatch
-)
 
 _TID_ALPHABET = "234567abcdefghijklmnopqrstuvwxyz"
 _TID_VALUE = {char: value for value, char in enumerate(_TID_ALPHABET)}
