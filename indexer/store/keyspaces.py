@@ -36,12 +36,15 @@ class Tuning(NamedTuple):
     weight: int = 1  # share of the write buffers
 
 
+_PLAIN: Final = Tuning()
+
+
 @dataclass(frozen=True, slots=True)
 class Keyspace(Generic[K, V]):
     name: str
     key: Codec[K]
     value: Codec[V]
-    tuning: Tuning = Tuning()
+    tuning: Tuning = _PLAIN
     show: Callable[[K, V], str] = lambda key, value: f"{key!r} {value!r}"
 
 
@@ -79,7 +82,11 @@ RECORDS: Final[Keyspace[tuple[Did, Path], RecordRow]] = Keyspace(
     "records", _PAIR, _RECORD, Tuning(8, bloom=True, collected=True, weight=4)
 )
 BLOCKS: Final[Keyspace[tuple[Did, Cid], bytes]] = Keyspace(
-    "blocks", _DID_CID, _RAW, Tuning(16, bloom=True, collected=True, zstd_dictionary=True, weight=8), _show_cid
+    "blocks",
+    _DID_CID,
+    _RAW,
+    Tuning(16, bloom=True, collected=True, zstd_dictionary=True, weight=8),
+    _show_cid,
 )
 BLOCK_REFS: Final[Keyspace[tuple[Did, Cid], int]] = Keyspace(
     "block_refs", _DID_CID, _INT, Tuning(8, bloom=True, collected=True, weight=2), _show_cid
@@ -97,9 +104,7 @@ EVENTS: Final[Keyspace[EventId, bytes]] = Keyspace(
 )  # fmt: skip
 CURSORS: Final[Keyspace[str, Any]] = Keyspace("cursors", _NAME, _ANY)
 COUNTS: Final[Keyspace[str, int]] = Keyspace("counts", _NAME, _INT, Tuning(bloom=True))
-PENDING: Final[Keyspace[tuple[Micros, Did], None]] = Keyspace(
-    "pending", _DUE, _EMPTY, Tuning(collected=True)
-)
+PENDING: Final[Keyspace[tuple[Micros, Did], None]] = Keyspace("pending", _DUE, _EMPTY, Tuning(collected=True))
 RESYNC_BUFFER: Final[Keyspace[tuple[Did, Rev, FrameKind, str], tuple[int, bytes]]] = Keyspace(
     "resync_buffer", _FRAME, _WAITING, Tuning(16, collected=True, weight=2)
 )

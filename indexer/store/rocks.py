@@ -1,0 +1,129 @@
+"""RocksDB's options and its errors: the border to rocksdict.
+
+Derives every option from the keyspace table and one memory budget, and turns rocksdict's bare
+`Exception` into our tree. No state.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple
+
+import rocksdict
+
+from indexer.errors import StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreLocked
+from indexer.store.keyspaces import KEYSPACES, Tuning
+
+MIB: Final = 1 << 20
+_WAL_LIMIT: Final = 128 * MIB
+_DICTIONARY: Final = 32 * 1024
+_COLLECTOR: Final = (10_000, 3_000, 0.3)  # window, tombstones that trigger, share of them
+_FILES_AT_ONCE: Final = 256  # open files left to sockets, spools and the rest
+
+
+class Budget(NamedTuple):
+    """What all column families share."""
+
+    cache: Any
+    write_buffers: Any
+    memory_bytes: int
+
+
+def budget(memory_mib: int) -> Budget:
+    memory = memory_mib * MIB
+    cache = rocksdict.Cache(memory)
+    # Memtables are charged to the cache, so the two together stay within the one setting.
+    buffers = rocksdict.WriteBufferManager.new_write_buffer_manager_with_cache(memory // 3, False, cache)
+    return Budget(cache, buffers, memory)
+
+
+def database_options(shared: Budget, *, create: bool) -> Any:
+    """Options of the database as a whole (and of its unused default family)."""
+    options = rocksdict.Options(raw_mode=True)
+    options.create_if_missing(create)
+    options.create_missing_column_families(True)
+    options.set_max_total_wal_size(_WAL_LIMIT)
+    options.set_write_buffer_manager(shared.write_buffers)
+    options.set_max_background_jobs(max(2, min(4, os.cpu_count() or 2)))
+    options.set_max_open_files(_open_files())
+    options.set_max_log_file_size(4 * MIB)
+    options.set_keep_log_file_num(4)
+    options.set_stats_dump_period_sec(0)
+    options.set_stats_persist_period_sec(0)
+    options.set_manifest_preallocation_size(64 * 1024)
+    options.set_bytes_per_sync(MIB)
+    options.set_write_buffer_size(MIB)
+    return options
+
+
+def family_options(shared: Budget, tuning: Tuning, *, create: bool) -> Any:
+    options = database_options(shared, create=create)
+    share = min(32, max(1, shared.memory_bytes // MIB // 96)) * tuning.weight
+    options.set_write_buffer_size(min(share, 64) * MIB)
+    options.set_max_write_buffer_number(4)
+    options.set_level_compaction_dynamic_level_bytes(True)
+    options.set_target_file_size_base(32 * MIB)
+    options.set_compression_type(rocksdict.DBCompressionType.lz4())
+    if tuning.zstd_dictionary:
+        options.set_bottommost_compression_type(rocksdict.DBCompressionType.zstd())
+        options.set_bottommost_compression_options(-14, 3, 0, _DICTIONARY, True)
+        options.set_bottommost_zstd_max_train_bytes(_DICTIONARY * 50, True)
+    if tuning.collected:
+        options.add_compact_on_deletion_collector_factory(*_COLLECTOR)
+    options.set_block_based_table_factory(_table(shared, tuning))
+    return options
+
+
+def _table(shared: Budget, tuning: Tuning) -> Any:
+    table = rocksdict.BlockBasedOptions()
+    table.set_block_cache(shared.cache)
+    table.set_block_size(tuning.block_kib * 1024)
+    table.set_format_version(5)
+    table.set_cache_index_and_filter_blocks(True)
+    table.set_pin_l0_filter_and_index_blocks_in_cache(True)
+    if tuning.bloom:
+        table.set_bloom_filter(10, False)
+    return table
+
+
+def all_families(shared: Budget, existing: list[str], *, create: bool) -> dict[str, Any]:
+    """Options by column family; those of a newer program are opened too, to read its version."""
+    families = {name: database_options(shared, create=create) for name in ["default", *existing]}
+    for name, keyspace in KEYSPACES.items():
+        families[name] = family_options(shared, keyspace.tuning, create=create)
+    return families
+
+
+def _open_files() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        soft = 65_536
+    return max(64, min(soft - _FILES_AT_ONCE, soft * 3 // 4, 32_768))
+
+
+def translate(error: Exception, what: str) -> StoreError:
+    """Our error for one of RocksDB's."""
+    text = str(error)
+    if "Write stall" in text or "Result incomplete" in text:
+        return StoreBusy(f"{what}: the store asks for patience: {text}")
+    if "lock hold" in text or "LOCK" in text:
+        return StoreLocked(f"{what}: another process holds the database; stop it first ({text})")
+    if "No space left" in text:
+        return StoreFull(f"{what}: the disk is full; free some space and start again ({text})")
+    if "Corruption" in text or "checksum" in text:
+        return StoreCorrupt(f"{what}: the database is damaged: {text}; restore a backup")
+    return StoreError(f"{what}: {text}")
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Every failure of rocksdict inside becomes a `StoreError`."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        raise translate(error, what) from error
