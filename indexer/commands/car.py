@@ -1,0 +1,214 @@
+"""`indexer car inspect|verify|ls|extract`: a repository CAR file, checked and unpacked without a daemon.
+
+Owns the options and the printed forms. All checks are `indexer.repo.walker`'s: every command refuses
+a file whose block hashes, tree or completeness do not hold, with one error that says what broke.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import orjson
+
+from indexer.atproto.car import iter_blocks
+from indexer.atproto.cid import format_cid
+from indexer.atproto.crypto import parse_did_key
+from indexer.atproto.dagcbor import record_to_json
+from indexer.atproto.did_document import parse_did_document
+from indexer.atproto.mst import build, key_layer
+from indexer.atproto.types import Did, DidKey
+from indexer.errors import BadInput, CarError, DidDocumentInvalid
+from indexer.repo.walker import RepoIndex, index_repo
+
+_file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_json = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+
+
+class Signer(NamedTuple):
+    """Who must have signed: the DID where it is known, and the key."""
+
+    did: Did | None
+    key: DidKey
+
+
+def verify_car(buffer: bytes | mmap.mmap, signer: Signer | None = None) -> dict[str, Any]:
+    """Every check of a repository CAR; what `car verify` prints. Raises a `BadInput` that says what broke."""
+    repo = index_repo(buffer, did=signer and signer.did, key=signer and signer.key)
+    return {
+        "did": repo.commit.did,
+        "rev": repo.commit.rev,
+        "commit": format_cid(repo.commit_cid),
+        "data": format_cid(repo.data),
+        "records": len(repo.records),
+        "blocks": repo.blocks,
+        "bytes": len(buffer),
+        "signature": "valid" if signer else "not checked",
+    }
+
+
+def inspect_car(buffer: bytes | mmap.mmap) -> dict[str, Any]:
+    """`verify_car` and what is inside: collections, depth of the tree, blocks that nothing needs."""
+    repo = index_repo(buffer)
+    cids = [cid for cid, _start, _end in iter_blocks(buffer)]
+    tree = build((path, cid) for path, cid, _start, _end in repo.records)
+    needed = {repo.commit_cid, *tree.nodes, *(cid for _path, cid, _start, _end in repo.records)}
+    collections = Counter(path.partition("/")[0] for path, _cid, _start, _end in repo.records)
+    layers = [key_layer(path.encode()) for path, _cid, _start, _end in repo.records]
+    return {
+        **verify_car(buffer),
+        "roots": [format_cid(repo.commit_cid)],
+        "record_bytes": sum(end - start for _path, _cid, start, end in repo.records),
+        "tree_nodes": len(tree.nodes),
+        "tree_depth": max(layers, default=0) + 1,
+        "duplicate_blocks": len(cids) - len(set(cids)),
+        "unlinked_blocks": len(set(cids) - needed),
+        "collections": dict(collections.most_common()),
+    }
+
+
+def _opened(file: Path) -> mmap.mmap:
+    """The file's bytes, mapped rather than read. Never closed by hand: slices may outlive the command."""
+    try:
+        with file.open("rb") as source:
+            return mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError as error:
+        raise CarError(f"{file}: the file is empty") from error
+    except OSError as error:
+        raise CarError(f"{file}: {error.strerror}") from error
+
+
+def signer_of_document(text: bytes) -> Signer:
+    """The account and its signing key from a DID document's JSON."""
+    try:
+        document = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise DidDocumentInvalid(f"the DID document is not JSON: {error}") from error
+    did = document.get("id") if isinstance(document, dict) else None
+    if not isinstance(did, str):
+        raise DidDocumentInvalid("the DID document has no id")
+    key = parse_did_document(document, did).signing_key
+    if key is None:
+        raise DidDocumentInvalid(f"the DID document of {did} has no #atproto key")
+    return Signer(did, key)
+
+
+def _signer(key: str | None, document: Path | None) -> Signer | None:
+    if key is not None and document is not None:
+        raise click.UsageError("give --key or --did-document, not both")
+    if key is not None:
+        parse_did_key(key)
+        return Signer(None, key)
+    return signer_of_document(document.read_bytes()) if document is not None else None
+
+
+def _print_table(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            click.echo(f"{name}:")
+            for key, count in value.items():
+                click.echo(f"  {count:>9,}  {key}")
+        else:
+            shown = f"{value:,}" if isinstance(value, int) else value
+            shown = ", ".join(value) if isinstance(value, list) else shown
+            click.echo(f"{name.replace('_', ' '):<17} {shown}")
+
+
+@click.group()
+def car() -> None:
+    """Inspect, verify and unpack repository CAR files.
+
+    Exit code 0: all checks hold; 1: one does not, and the error says which.
+    """
+
+
+@car.command()
+@_file
+@click.option("--key", metavar="did:key:…", help="The account's signing key.")
+@click.option(
+    "--did-document",
+    "document",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The account's DID document (JSON): its DID must be the repository's, its key the signer.",
+)
+@_json
+def verify(file: Path, key: str | None, document: Path | None, as_json: bool) -> None:
+    """Check block hashes, tree, completeness and, given a key, the signature."""
+    result = verify_car(_opened(file), _signer(key, document))
+    if as_json:
+        click.echo(orjson.dumps(result))
+    else:
+        _print_table(result)
+
+
+@car.command()
+@_file
+@_json
+def inspect(file: Path, as_json: bool) -> None:
+    """What is inside: roots, commit, counts, collections, shape of the tree, blocks that nothing needs."""
+    result = inspect_car(_opened(file))
+    if as_json:
+        click.echo(orjson.dumps(result))
+    else:
+        _print_table(result)
+
+
+@car.command()
+@_file
+@_json
+def ls(file: Path, as_json: bool) -> None:
+    """Every record's path and CID, in key order."""
+    repo = index_repo(_opened(file))
+    out = click.get_text_stream("stdout")
+    for path, cid, _start, _end in repo.records:
+        text = format_cid(cid)
+        out.write(f'{{"path":"{path}","cid":"{text}"}}\n' if as_json else f"{path} {text}\n")
+
+
+@car.command()
+@_file
+@click.argument("path", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every record, as DIR/collection/rkey.json.")
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
+@click.option("--raw", is_flag=True, help="DAG-CBOR as it is stored, instead of JSON.")
+def extract(file: Path, path: str | None, everything: bool, output: Path | None, raw: bool) -> None:
+    """One record (to standard output, or into a folder with -o), or all of them.
+
+    PATH is collection/rkey. Existing files are never overwritten.
+    """
+    if everything == (path is not None):
+        raise click.UsageError("name one PATH, or give --all")
+    if everything and output is None:
+        raise click.UsageError("--all needs a folder: -o DIR")
+    buffer = _opened(file)
+    written = 0
+    for name, content in _contents(index_repo(buffer), buffer, path, raw):
+        if output is None:
+            click.get_binary_stream("stdout").write(content if raw else content + b"\n")
+        else:
+            _write(output / (name + (".cbor" if raw else ".json")), content)
+        written += 1
+    if not written and not everything:
+        raise BadInput(f"{file} has no record {path}")
+    if output is not None:
+        click.echo(f"{written} records written to {output}", err=True)
+
+
+def _contents(repo: RepoIndex, buffer: mmap.mmap, path: str | None, raw: bool) -> Iterator[tuple[str, bytes]]:
+    for name, _cid, start, end in repo.records:
+        if path is None or name == path:
+            block = buffer[start:end]
+            yield name, block if raw else record_to_json(block)
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("xb") as out:
+            out.write(content)
+    except OSError as error:
+        raise BadInput(f"cannot write {file}: {error.strerror}") from error
