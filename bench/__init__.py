@@ -1,0 +1,1 @@
+"""Benchmarks of whole jobs: `python -m bench NAME`. Not part of the installed package."""

@@ -1,0 +1,75 @@
+"""What every benchmark is told, and how it measures: a quiet clock, a profile, a cache of input."""
+
+from __future__ import annotations
+
+import cProfile
+import io
+import os
+import platform
+import pstats
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Options(NamedTuple):
+    """The command line, parsed."""
+
+    sizes: tuple[int, ...]
+    runs: int
+    full: bool
+    cache: Path
+    file: Path | None = None
+    profile: Path | None = None
+
+    def chosen(self, reduced: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes from the command line, else those of the reduced or the full set."""
+        return self.sizes or (full if self.full else reduced)
+
+
+def timed(function: Callable[[], object], runs: int, *, least_s: float = 0.3) -> list[float]:
+    """Seconds a call, once a run; quick calls are repeated within a run until it lasts ``least_s``."""
+    start = time.perf_counter()
+    function()
+    once = time.perf_counter() - start
+    repeat = max(1, round(least_s / max(once, 1e-7)))
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        for _ in range(repeat):
+            function()
+        seconds.append((time.perf_counter() - start) / repeat)
+    return seconds
+
+
+def profiled(function: Callable[[], object], file: Path, title: str) -> None:
+    """Appends the 25 functions that cost most to ``file``."""
+    profile = cProfile.Profile()
+    profile.runcall(function)
+    text = io.StringIO()
+    pstats.Stats(profile, stream=text).strip_dirs().sort_stats("tottime").print_stats(25)
+    with file.open("a") as out:
+        out.write(f"# {title}\n{text.getvalue()}\n")
+
+
+def cached(file: Path, make: Callable[[], bytes]) -> bytes:
+    """The file's bytes; made first, atomically, when it is not there."""
+    if not file.exists():
+        print(f"making {file.name} (once, kept in {file.parent}) …", file=sys.stderr, flush=True)
+        part = file.with_suffix(f".part{os.getpid()}")
+        part.write_bytes(make())
+        part.replace(file)
+    return file.read_bytes()
+
+
+def machine() -> str:
+    """One line about where the numbers come from."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()}"
