@@ -1,0 +1,123 @@
+"""Handles to DIDs: DNS TXT first, then the well-known file (sync.md §6).
+
+Owns the lookup of one handle in one direction; that the DID claims the handle back is `resolver`'s.
+Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import dns.asyncresolver
+import dns.exception
+import dns.rdatatype
+import dns.resolver
+
+from indexer.atproto.syntax import is_did, is_handle
+from indexer.atproto.types import Did, Handle
+from indexer.config import Settings, parse_bind
+from indexer.errors import (
+    ConfigError,
+    FetchRefused,
+    FetchTransient,
+    IdentityGone,
+    IdentityUnavailable,
+    UrlRefused,
+)
+from indexer.identity.http import HttpClient
+
+DNS_TIMEOUT_S = 3.0
+MAX_BODY_BYTES = 2048
+_REFUSED_TLDS = frozenset(("alt", "arpa", "example", "internal", "invalid", "local", "localhost", "onion"))
+_DEVELOPMENT_TLD = "test"
+
+
+def _nameserver(address: str) -> dns.asyncresolver.Resolver | None:
+    """A resolver that asks ``address`` (``address:port``), the system's when empty; None without either."""
+    try:
+        if not address:
+            return dns.asyncresolver.Resolver()
+        host, port = parse_bind(address)
+        resolver = dns.asyncresolver.Resolver(configure=False)
+        resolver.nameservers, resolver.port = [host], port
+    except dns.resolver.NoResolverConfiguration:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"network.dns_server: {error}") from error
+    return resolver
+
+
+class HandleLookup:
+    """Finds the DID that a handle names; raises `IdentityGone` or `IdentityUnavailable`."""
+
+    def __init__(self, http: HttpClient, settings: Settings) -> None:
+        self._http = http
+        self._allow_private = settings.network.allow_private
+        self._dns = _nameserver(settings.network.dns_server)
+
+    async def lookup(self, handle: Handle) -> Did:
+        """The DID of ``handle`` by its own domain's word. DNS wins; several different DIDs there are a no."""
+        handle = handle.lower()
+        tld = handle.rpartition(".")[2]
+        if not is_handle(handle):
+            raise IdentityGone(f"not a handle: {handle[:80]!r}")
+        if tld in _REFUSED_TLDS or (tld == _DEVELOPMENT_TLD and not self._allow_private):
+            raise IdentityGone(f"handles under .{tld} are not resolved: {handle}")
+        dns_failure: IdentityUnavailable | None = None
+        try:
+            did = await self._from_dns(handle)
+            if did is not None:
+                return did
+        except IdentityUnavailable as error:
+            dns_failure = error
+        try:
+            return await self._from_web(handle)
+        except IdentityGone as error:
+            # Without an answer from DNS the web's no is not the last word.
+            raise dns_failure or error from error
+
+    async def _from_dns(self, handle: Handle) -> Did | None:
+        if self._dns is None:
+            return None
+        try:
+            answer = await self._dns.resolve(
+                f"_atproto.{handle}.", dns.rdatatype.TXT, lifetime=DNS_TIMEOUT_S, search=False
+            )
+        except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
+            return None
+        except (dns.exception.DNSException, OSError, ValueError) as error:
+            raise IdentityUnavailable(f"DNS has no answer for {handle}: {error}") from error
+        texts = [b"".join(record.strings) for record in answer]
+        found = {text[4:].decode("ascii", "replace").strip() for text in texts if text.startswith(b"did=")}
+        if not found:
+            return None
+        if len(found) > 1:
+            raise IdentityGone(f"DNS names {len(found)} different DIDs for {handle}")
+        return _checked(found.pop(), handle)
+
+    async def _from_web(self, handle: Handle) -> Did:
+        schemes = ("https", "http") if self._allow_private else ("https",)
+        for scheme in schemes[:-1]:
+            try:
+                return await self._well_known(f"{scheme}://{handle}/.well-known/atproto-did", handle)
+            except IdentityUnavailable:
+                continue  # a development host rarely speaks TLS
+        return await self._well_known(f"{schemes[-1]}://{handle}/.well-known/atproto-did", handle)
+
+    async def _well_known(self, url: str, handle: Handle) -> Did:
+        try:
+            response = await self._http.get(url, max_bytes=MAX_BODY_BYTES)
+        except FetchTransient as error:
+            raise IdentityUnavailable(f"{handle}: {error}") from error
+        except (FetchRefused, UrlRefused) as error:
+            raise IdentityGone(f"{handle}: {error}") from error
+        if 200 <= response.status < 300:
+            return _checked(response.body.decode("utf-8", "replace").strip(), handle)
+        message = f"{handle}: status {response.status} from {response.url}"
+        if response.status >= 500 or response.status == 429:
+            raise IdentityUnavailable(message)
+        raise IdentityGone(message)
+
+
+def _checked(did: str, handle: Handle) -> Did:
+    if not is_did(did):
+        raise IdentityGone(f"{handle} names something that is not a DID: {did[:80]!r}")
+    return did

@@ -1,0 +1,198 @@
+"""Identities by DID, cached: who signs, where the repository is, which handle is claimed.
+
+Owns the caches (positive and negative, both bounded), the joining of concurrent requests for one DID,
+and the two-way check of handles. Fetching is `documents` and `handles`. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Awaitable, Callable
+from time import monotonic, time
+from typing import Generic, NamedTuple, TypeVar
+
+from indexer.atproto.types import Did, DidKey, Handle, Micros
+from indexer.config import Settings
+from indexer.errors import IdentityError, IdentityGone, IdentityUnavailable
+from indexer.identity.cache import TtlCache
+from indexer.identity.documents import DocumentSource
+from indexer.identity.handles import HandleLookup
+from indexer.identity.http import HttpClient
+
+INVALID_HANDLE = "handle.invalid"
+
+T = TypeVar("T")
+
+
+class Identity(NamedTuple):
+    """What a DID document says today. ``handle`` is a claim (empty when there is none)."""
+
+    did: Did
+    handle: Handle
+    signing_key: DidKey
+    pds: str
+    fetched_at: Micros
+
+
+class Resolver:
+    """Resolves DIDs and handles; every method but `cached` and `purge` may wait for the network."""
+
+    def __init__(
+        self, http: HttpClient, settings: Settings, *, clock: Callable[[], float] = monotonic
+    ) -> None:
+        limits = settings.identity
+        self._documents = DocumentSource(http, settings)
+        self._handle_lookup = HandleLookup(http, settings)
+        permits = asyncio.Semaphore(limits.concurrency)
+        self._identities = _Flights(
+            self._fetch, limits.cache_entries, limits.ttl, limits.error_ttl, permits, clock
+        )
+        self._handles = _Flights(
+            self._handle_lookup.lookup, limits.cache_entries, limits.ttl, limits.error_ttl, permits, clock
+        )
+
+    async def resolve(self, did: Did, *, refresh: bool = False) -> Identity:
+        """The identity of ``did``; ``refresh`` asks again although the cache knows an answer.
+
+        Raises `IdentityGone` (an authoritative no: 404, 410, no usable document, key or PDS) or
+        `IdentityUnavailable` (no answer now).
+        """
+        return await self._identities.get(did, refresh=refresh)
+
+    def cached(self, did: Did) -> Identity | None:
+        """What is known without asking, None when nothing is or it was a failure."""
+        return self._identities.cached(did)
+
+    def purge(self, did: Did) -> None:
+        """Forgets ``did``, failures included; an answer under way is not kept either."""
+        self._identities.purge(did)
+
+    async def resolve_handle(self, handle: Handle, *, refresh: bool = False) -> Did:
+        """The DID that ``handle`` names (one direction only); raises as `resolve`."""
+        return await self._handles.get(handle.lower(), refresh=refresh)
+
+    async def verified_handle(self, did: Did) -> Handle:
+        """The handle that ``did`` claims and that names it back, else ``handle.invalid``."""
+        try:
+            claimed = (await self.resolve(did)).handle
+            if claimed and await self.resolve_handle(claimed) == did:
+                return claimed
+        except IdentityError:
+            pass
+        return INVALID_HANDLE
+
+    def stats(self) -> dict[str, int]:
+        """Sizes, for the metrics."""
+        return {
+            "identities": len(self._identities),
+            "handles": len(self._handles),
+            "in_flight": self._identities.in_flight + self._handles.in_flight,
+        }
+
+    async def close(self) -> None:
+        """Ends what is under way."""
+        await self._identities.close()
+        await self._handles.close()
+
+    async def _fetch(self, did: Did) -> Identity:
+        document = await self._documents.fetch(did)
+        if document.signing_key is None:
+            raise IdentityGone(f"{did}: its DID document has no usable #atproto key")
+        if document.pds is None:
+            raise IdentityGone(f"{did}: its DID document has no usable #atproto_pds")
+        return Identity(
+            did, document.handle or "", document.signing_key, document.pds, int(time() * 1_000_000)
+        )
+
+
+class _Flights(Generic[T]):
+    """A cache in front of ``fetch`` in which one request serves everybody who asks meanwhile."""
+
+    def __init__(
+        self,
+        fetch: Callable[[str], Awaitable[T]],
+        entries: int,
+        ttl: float,
+        error_ttl: float,
+        permits: asyncio.Semaphore,
+        clock: Callable[[], float],
+    ) -> None:
+        self._fetch = fetch
+        self._ttl, self._error_ttl = ttl, error_ttl
+        self._permits = permits
+        self._known: TtlCache[str, T] = TtlCache(entries, clock=clock)
+        self._failed: TtlCache[str, IdentityError] = TtlCache(entries, clock=clock)
+        self._current: dict[str, asyncio.Task[T]] = {}
+        self._tasks: set[asyncio.Task[T]] = set()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._tasks)
+
+    def cached(self, key: str) -> T | None:
+        return self._known.get(key)
+
+    def purge(self, key: str) -> None:
+        self._known.drop(key)
+        self._failed.drop(key)
+        self._current.pop(key, None)  # those who wait still get their answer; it is not kept
+
+    async def get(self, key: str, *, refresh: bool) -> T:
+        if not refresh:
+            known = self._known.get(key)
+            if known is not None:
+                return known
+            failure = self._failed.get(key)
+            if failure is not None:
+                raise copy.copy(failure)  # its own traceback for each caller
+        flight = self._current.get(key)
+        if flight is None:
+            flight = asyncio.create_task(self._fly(key))
+            self._current[key] = flight
+            self._tasks.add(flight)
+            flight.add_done_callback(self._landed)
+        try:
+            # Shielded: a caller that gives up does not take the answer from the others.
+            return await asyncio.shield(flight)
+        except IdentityError as error:
+            raise copy.copy(error) from error
+
+    async def _fly(self, key: str) -> T:
+        task = asyncio.current_task()
+        try:
+            async with self._permits:
+                value = await self._fetch(key)
+        except IdentityError as error:
+            if self._current.get(key) is task:
+                self._remember_failure(key, error)
+            raise
+        else:
+            if self._current.get(key) is task:
+                self._known.put(key, value, self._ttl)
+                self._failed.drop(key)
+            return value
+        finally:
+            if self._current.get(key) is task:
+                del self._current[key]
+
+    def _remember_failure(self, key: str, error: IdentityError) -> None:
+        if not isinstance(error, IdentityUnavailable):
+            self._known.drop(key)
+        elif self._known.get(key) is not None:
+            return  # a refresh that found nobody at home: the last answer is still believed
+        self._failed.put(key, error, self._error_ttl)
+
+    def _landed(self, task: asyncio.Task[T]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, also when every caller has left
+
+    async def close(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
