@@ -128,7 +128,8 @@ _COMMIT_HEADER = _HEADERS["#commit"]
 _COMMIT_HEADER_LEN = len(_COMMIT_HEADER)
 
 _DATA_PREFIX = b"\x01\x71\x12\x20"  # CIDv1, dag-cbor, SHA-256
-_RAW_PREFIX = b"\x01\x55\x12\x20"
+_LINKS = (_DATA_PREFIX, b"\x01\x55\x12\x20")  # a record's may also be raw
+_new: Any = tuple.__new__  # a NamedTuple without its slower constructor
 # No identifier holds a space, so the joined text matches exactly when each part does.
 _commit_texts = re.compile(rf"{DID_RE} {TID_RE}(?: {TID_RE})? {DATETIME_RE}").fullmatch
 _rkey = re.compile(RKEY_RE).fullmatch
@@ -217,40 +218,47 @@ def _links_as_bytes(value: Any) -> Any:
 
 def _commit(payload: Payload) -> CommitFrame:
     """`CommitFrame` of a payload; what is wrong is looked up in the table only when something is."""
+    get: Callable[..., Any] = payload.get
+    seq, repo, rev, since, time = get("seq"), get("repo"), get("rev"), get("since", 0), get("time")
+    commit, blocks, ops, prev_data = get("commit"), get("blocks"), get("ops"), get("prevData")
+    too_big, rebase = get("tooBig"), get("rebase")
     try:
-        seq, repo, rev, since, time = (
-            payload["seq"], payload["repo"], payload["rev"], payload["since"], payload["time"],
-        )  # fmt: skip
-        commit, blocks, ops = payload["commit"], payload["blocks"], payload["ops"]
-        too_big, rebase, prev_data = payload["tooBig"], payload["rebase"], payload.get("prevData")
         texts = " ".join((repo, rev, time)) if since is None else " ".join((repo, rev, since, time))
-    except (KeyError, TypeError):
-        _refuse_fields("#commit", payload)
-    if (
-        _commit_texts(texts) is None
-        or len(repo) > MAX_DID
-        or ((time[8:10] > "28" or time < "0001") and not is_datetime(time))
-        or type(seq) is not int
-        or not 0 < seq <= MAX_SEQ
-        or type(commit) is not bytes
-        or len(commit) != 36
-        or commit[:4] != _DATA_PREFIX
-        or type(ops) is not list
-        or not isinstance(blocks, bytes)
-        or type(too_big) is not bool
-        or type(rebase) is not bool
-        or (prev_data is not None and not _is_data_link(prev_data))
-        or type(payload.get("blobs")) is not list
-    ):
+        wrong = (
+            _commit_texts(texts) is None
+            or len(repo) > MAX_DID
+            or ((time[8:10] > "28" or time < "0001") and not is_datetime(time))
+            or type(seq) is not int
+            or not 0 < seq <= MAX_SEQ
+            or type(commit) is not bytes
+            or len(commit) != 36
+            or not commit.startswith(_DATA_PREFIX)
+            or (
+                prev_data is not None
+                and (
+                    type(prev_data) is not bytes
+                    or len(prev_data) != 36
+                    or not prev_data.startswith(_DATA_PREFIX)
+                )
+            )
+            or not isinstance(blocks, bytes)
+            or type(ops) is not list
+            or type(too_big) is not bool
+            or type(rebase) is not bool
+            or type(get("blobs")) is not list
+        )
+    except TypeError:  # a text that is none
+        wrong = True
+    if wrong:
         _refuse_fields("#commit", payload)
     if not 0 < len(blocks) <= MAX_BLOCKS_BYTES:
         _refuse_blocks(payload, blocks)
     if len(ops) > MAX_OPS:
         _refuse(payload, f"{len(ops)} operations; the limit is {MAX_OPS}", "ops_count")
-    return CommitFrame(
-        seq, repo, commit, rev, since, prev_data, "prevData" in payload, blocks, _ops(payload, ops), time,
-        too_big, rebase,
-    )  # fmt: skip
+    has_prev, ops = "prevData" in payload, _ops(payload, ops)
+    values = (seq, repo, commit, rev, since, prev_data, has_prev, blocks, ops, time, too_big, rebase)
+    frame: CommitFrame = _new(CommitFrame, values)
+    return frame
 
 
 def _ops(payload: Payload, ops: list[Any]) -> list[FrameOp]:
@@ -259,17 +267,18 @@ def _ops(payload: Payload, ops: list[Any]) -> list[FrameOp]:
         try:
             action, path, cid, prev = op["action"], op["path"], op["cid"], op.get("prev")
             collection, _, rkey = path.partition("/")
-            valid = _known_nsid(collection) and _rkey(rkey) is not None
+            valid = (
+                type(action) is str
+                and _rkey(rkey) is not None
+                and _known_nsid(collection)
+                and (cid is None or (len(cid) == 36 and type(cid) is bytes and cid.startswith(_LINKS)))
+                and (prev is None or (len(prev) == 36 and type(prev) is bytes and prev.startswith(_LINKS)))
+            )
         except (KeyError, TypeError, AttributeError):
             valid = False
-        if (
-            not valid
-            or type(action) is not str
-            or (cid is not None and not _is_record_link(cid))
-            or (prev is not None and not _is_record_link(prev))
-        ):
+        if not valid:
             _refuse(payload, f"a malformed operation: {_shown(op)}")
-        result.append(FrameOp(action, path, cid, prev))
+        result.append(_new(FrameOp, (action, path, cid, prev)))
     return result
 
 
@@ -316,10 +325,6 @@ _DECODERS: dict[str, Callable[[Payload], Frame]] = {
 
 def _is_data_link(value: object) -> bool:
     return type(value) is bytes and len(value) == 36 and value[:4] == _DATA_PREFIX
-
-
-def _is_record_link(value: object) -> bool:
-    return type(value) is bytes and len(value) == 36 and value[:4] in (_DATA_PREFIX, _RAW_PREFIX)
 
 
 def _is_seq(value: object) -> bool:
