@@ -1,0 +1,166 @@
+"""`indexer car`: what it prints, what it refuses, and that every refusal is one clear error."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from indexer.atproto.dagcbor import record_from_json
+from indexer.cli import main
+from indexer.commands.car import car
+from tests.paths import DATA, shared_data
+
+
+def repo_file(name: str) -> Path:
+    """A repository that a real PDS made: the project's own copy, else the shared one."""
+    own = DATA / "repos" / name
+    return own if own.exists() else shared_data(f"repos/{name}")
+
+
+def truth_of(name: str) -> dict[str, Any]:
+    """What the PDS says is in it."""
+    truth: dict[str, Any] = json.loads(gzip.decompress(repo_file(f"{name}.truth.json.gz").read_bytes()))
+    return truth
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(car, [str(argument) for argument in arguments])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs the command as a user does; it must exit 1 with one line on standard error."""
+    with pytest.raises(SystemExit) as ended:
+        main(["car", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert (ended.value.code, captured.out) == (1, "")
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("name", ["empty", "ten", "kilo"])
+def test_verify_agrees_with_the_host(name: str) -> None:
+    truth = truth_of(name)
+    file = repo_file(f"{name}.car")
+    result = run("verify", file, "--key", truth["signing_key"], "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert list(answer) == ["did", "rev", "commit", "data", "records", "blocks", "bytes", "signature"]
+    assert {key: answer[key] for key in ("did", "rev", "commit", "data")} == {
+        key: truth[key] for key in ("did", "rev", "commit", "data")
+    }
+    assert (answer["records"], answer["signature"]) == (len(truth["records"]), "valid")
+    assert answer["bytes"] == file.stat().st_size
+
+
+def test_without_a_key_the_signature_is_not_checked() -> None:
+    result = run("verify", repo_file("ten.car"))
+    assert result.exit_code == 0
+    assert "signature         not checked" in result.stdout
+
+
+def test_ls_gives_every_path_and_cid_in_key_order() -> None:
+    truth = truth_of("kilo")
+    lines = run("ls", repo_file("kilo.car"), "--json").stdout.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["path"]: row["cid"] for row in rows} == truth["records"]
+    assert [row["path"] for row in rows] == sorted(truth["records"])
+    plain = run("ls", repo_file("kilo.car")).stdout.splitlines()
+    assert plain == [f"{row['path']} {row['cid']}" for row in rows]
+
+
+def test_inspect_counts_what_is_inside() -> None:
+    truth = truth_of("kilo")
+    answer = json.loads(run("inspect", repo_file("kilo.car"), "--json").stdout)
+    assert sum(answer["collections"].values()) == answer["records"] == len(truth["records"])
+    distinct = len(set(truth["records"].values()))
+    assert answer["blocks"] - answer["duplicate_blocks"] == 1 + answer["tree_nodes"] + distinct
+    assert (answer["unlinked_blocks"], answer["roots"]) == (0, [truth["commit"]])
+    assert 2 <= answer["tree_depth"] <= 10
+    assert "app.bsky." in run("inspect", repo_file("kilo.car")).stdout
+
+
+def test_inspect_of_the_empty_repository() -> None:
+    answer = json.loads(run("inspect", repo_file("empty.car"), "--json").stdout)
+    assert (answer["records"], answer["blocks"], answer["tree_nodes"]) == (0, 2, 1)
+
+
+def test_extract_one_record_as_json_and_raw() -> None:
+    path, value = next(iter(truth_of("ten")["values"].items()))
+    file = repo_file("ten.car")
+    assert json.loads(run("extract", file, path).stdout) == value
+    assert run("extract", file, path, "--raw").stdout_bytes == record_from_json(value)
+
+
+def test_extract_everything_and_never_over_existing_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = truth_of("ten")
+    out = tmp_path / "records"
+    assert run("extract", repo_file("ten.car"), "--all", "-o", out).exit_code == 0
+    found = {
+        str(file.relative_to(out)).removesuffix(".json"): json.loads(file.read_text())
+        for file in out.rglob("*.json")
+    }
+    assert found == truth["values"]
+    again = refusal(capsys, "extract", repo_file("ten.car"), "--all", "-o", out)
+    assert "File exists" in again
+
+
+def test_a_path_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, "extract", repo_file("ten.car"), "app.bsky.feed.post/nope")
+    assert "has no record app.bsky.feed.post/nope" in message
+
+
+@pytest.mark.parametrize("arguments", [[], ["--all"], ["a.b.c/d", "--all", "-o", "x"]])
+def test_extract_wants_one_path_or_all_into_a_folder(arguments: list[str]) -> None:
+    assert run("extract", repo_file("ten.car"), *arguments).exit_code == 2
+
+
+OTHER_KEY = "did:key:zQ3shqwJEJyMBsBXCWyCBpUBMqxcon9oHB7mCvx4sSpMdLJwc"
+
+
+def test_another_key_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "signature" in refusal(capsys, "verify", repo_file("ten.car"), "--key", OTHER_KEY)
+    assert "key" in refusal(capsys, "verify", repo_file("ten.car"), "--key", "did:key:zNotAKey")
+
+
+def _document(did: str, key: str) -> str:
+    method = {"id": f"{did}#atproto", "type": "Multikey", "controller": did}
+    return json.dumps(
+        {"id": did, "verificationMethod": [{**method, "publicKeyMultibase": key.removeprefix("did:key:")}]}
+    )
+
+
+def test_a_did_document_gives_the_account_and_its_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = truth_of("ten")
+    file = tmp_path / "did.json"
+    file.write_text(_document(truth["did"], truth["signing_key"]))
+    answer = run("verify", repo_file("ten.car"), "--did-document", file, "--json")
+    assert json.loads(answer.stdout)["signature"] == "valid"
+    stranger = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
+    file.write_text(_document(stranger, truth["signing_key"]))
+    assert stranger in refusal(capsys, "verify", repo_file("ten.car"), "--did-document", file)
+    for text in ("{", "[]", "{}", json.dumps({"id": truth["did"]})):
+        file.write_text(text)
+        assert "DID document" in refusal(capsys, "verify", repo_file("ten.car"), "--did-document", file)
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "ls"])
+def test_a_damaged_file_is_refused_by_every_command(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = repo_file("ten.car").read_bytes()
+    file = tmp_path / "damaged.car"
+    flipped = bytearray(data)
+    flipped[-1] ^= 1
+    for damaged in (data[:-1], bytes(flipped), data + b"\x00", b"", b"\xff" * 100):
+        file.write_bytes(damaged)
+        refusal(capsys, command, file)

@@ -1,0 +1,96 @@
+"""Real repositories agree with what their hosts say; one flipped bit never passes.
+
+Each flip is checked in this process through the function under `indexer car verify`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import orjson
+import pytest
+
+from indexer.atproto.cid import format_cid
+from indexer.commands.car import Signer, signer_of_document, verify_car
+from indexer.errors import BadInput
+from indexer.repo.walker import index_repo
+from tests.paths import SHARED_DATA
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not SHARED_DATA.is_dir(), reason="the captured data (../shared/data) is not beside this checkout"
+    ),
+]
+
+REPOS = sorted(path.stem for path in (SHARED_DATA / "repos").glob("*.car"))
+SESSION = SHARED_DATA / "session"
+SESSION_CARS = sorted((SESSION / "cars").glob("*.car"))
+
+
+def _truth(name: str) -> dict[str, Any]:
+    packed = (SHARED_DATA / "repos" / f"{name}.truth.json.gz").read_bytes()
+    truth: dict[str, Any] = orjson.loads(gzip.decompress(packed))
+    return truth
+
+
+def _records(buffer: bytes) -> dict[str, str]:
+    return {path: format_cid(cid) for path, cid, *_ in index_repo(buffer).records}
+
+
+@pytest.mark.parametrize("name", REPOS)
+def test_a_repository_agrees_with_its_truth_file(name: str) -> None:
+    truth = _truth(name)
+    buffer = (SHARED_DATA / "repos" / f"{name}.car").read_bytes()
+    answer = verify_car(buffer, Signer(truth["did"], truth["signing_key"]))
+    assert {key: answer[key] for key in ("did", "rev", "commit", "data", "records", "signature")} == {
+        **{key: truth[key] for key in ("did", "rev", "commit", "data")},
+        "records": len(truth["records"]),
+        "signature": "valid",
+    }
+    assert _records(buffer) == truth["records"]
+
+
+@pytest.mark.parametrize("file", SESSION_CARS, ids=lambda path: path.stem)
+def test_a_sessions_repository_agrees_with_its_truth_and_its_did_document(file: Path) -> None:
+    buffer = file.read_bytes()
+    did = verify_car(buffer)["did"]
+    document = json.loads((SESSION / "diddocs.json").read_text())[did]
+    answer = verify_car(buffer, signer_of_document(orjson.dumps(document["doc"])))
+    truth = json.loads((SESSION / "truth.json").read_text())["accounts"][did]
+    assert (answer["data"], answer["rev"], answer["signature"]) == (truth["data"], truth["rev"], "valid")
+    assert _records(buffer) == truth["records"]
+
+
+def _refused(buffer: bytearray, place: int, bit: int, signer: Signer) -> str | None:
+    """The reason why the file with one flipped bit is refused; None when it passes."""
+    buffer[place] ^= 1 << bit
+    try:
+        verify_car(bytes(buffer), signer)
+    except BadInput as error:
+        return str(error)
+    finally:
+        buffer[place] ^= 1 << bit
+    return None
+
+
+def _flips(name: str, size: int) -> list[tuple[int, int]]:
+    random = Random(name)
+    if name in ("empty", "ten"):
+        return [(place, random.randrange(8)) for place in range(size)]
+    return [(random.randrange(size), random.randrange(8)) for _ in range(2000)]
+
+
+@pytest.mark.limit(1800)
+@pytest.mark.parametrize("name", REPOS)
+def test_one_flipped_bit_never_passes_and_the_error_says_what_broke(name: str) -> None:
+    truth = _truth(name)
+    signer = Signer(truth["did"], truth["signing_key"])
+    buffer = bytearray((SHARED_DATA / "repos" / f"{name}.car").read_bytes())
+    reasons = [_refused(buffer, place, bit, signer) for place, bit in _flips(name, len(buffer))]
+    assert reasons.count(None) == 0
+    assert all(reason and len(reason) > 15 for reason in reasons)
