@@ -1,0 +1,309 @@
+"""The DAG-CBOR border: bytes to values and back, strict for what is hashed, lenient for record bodies.
+
+libipld does the work. It returns links as plain bytes and its encoder turns bytes that look like a CID into
+links, so whatever must tell the two apart goes through `Link` and the exact codec below. Every foreign
+exception becomes `DagCborError` here. Pure functions, any thread.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from typing import Any, Final
+
+import cbor2
+import libipld
+import orjson
+
+from indexer.atproto.cid import CID_LENGTH, DAG_CBOR_PREFIX, RAW_PREFIX, cid_fault, format_cid, parse_cid
+from indexer.errors import DagCborError, RecordInvalid, SyntaxInvalid
+
+MAX_SAFE_INTEGER: Final = 2**53 - 1
+MAX_RECORD_BYTES: Final = 1_000_000
+MAX_DEPTH: Final = 32
+
+_decode: Callable[[bytes], Any] = libipld.decode_dag_cbor
+_encode: Callable[[Any], bytes] = libipld.encode_dag_cbor
+_TAG: Final = b"\xd8\x2a"
+_LINK_HEAD: Final = b"\xd8\x2a\x58\x25\x00"
+
+
+class Link(bytes):
+    """A CID link, where links and byte strings must be told apart. Its bytes are the binary CID."""
+
+    __slots__ = ()
+
+
+def encode(value: Any) -> bytes:
+    """Canonical bytes of ``value``. Byte strings that look like a CID become links (see `encode_exact`)."""
+    try:
+        return _encode(value)
+    except Exception as error:
+        raise DagCborError(f"cannot be encoded as DAG-CBOR: {error}") from error
+
+
+def decode(data: bytes) -> Any:
+    """The value of one DAG-CBOR object; links are their 36 bytes. Non-minimal heads are tolerated."""
+    try:
+        return _decode(data)
+    except Exception as error:
+        raise DagCborError(f"not DAG-CBOR: {_reason(error)}") from error
+
+
+def decode_canonical(data: bytes) -> Any:
+    """As `decode`, and the bytes must be exactly what encoding the value gives; no floats, ints within 64 bit."""
+    value = decode(data)
+    if encode_exact(decode_exact(data)) != data:
+        raise DagCborError("not in canonical form: encoding the value again gives other bytes")
+    _check_values(value)
+    return value
+
+
+def decode_exact(data: bytes) -> Any:
+    """As `decode`, with links as `Link` and byte strings as bytes."""
+    value = decode(data)
+    if _TAG not in data and not _may_hold_long_tags(data):
+        return value
+    try:
+        return cbor2.loads(data, tag_hook=_link_of)
+    except DagCborError:
+        raise
+    except Exception as error:
+        raise DagCborError(f"not DAG-CBOR: {_reason(error)}") from error
+
+
+def _may_hold_long_tags(data: bytes) -> bool:
+    # libipld also takes tag 42 in a longer head (d9 00 2a and so on).
+    return b"\xd9\x00\x2a" in data or b"\xda\x00\x00\x00\x2a" in data or b"\xdb\x00\x00\x00\x00\x00\x00\x00\x2a" in data
+
+
+def _link_of(*arguments: Any) -> Link:
+    tag = arguments[-1] if isinstance(arguments[-1], cbor2.CBORTag) else arguments[0]
+    if tag.tag != 42 or not isinstance(tag.value, bytes) or tag.value[:1] != b"\x00":
+        raise DagCborError(f"tag {tag.tag} is not a CID link")
+    return Link(tag.value[1:])
+
+
+def _check_values(value: Any) -> None:
+    """Refuse floats and integers beyond 64 bits anywhere in a decoded value."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+        elif isinstance(item, float):
+            raise DagCborError(f"a float is not allowed here: {item!r}")
+        elif isinstance(item, int) and not -(2**63) <= item < 2**63:
+            raise DagCborError(f"an integer beyond 64 bits: {item}")
+
+
+def encode_exact(value: Any) -> bytes:
+    """Canonical bytes of ``value``, where only `Link` is a link and any other byte string stays one."""
+    out: list[bytes] = []
+    try:
+        _put(value, out)
+    except RecursionError as error:
+        raise DagCborError("nested too deeply to be encoded") from error
+    return b"".join(out)
+
+
+def _put(value: Any, out: list[bytes]) -> None:
+    if isinstance(value, str):
+        data = value.encode()
+        out += (_head(3, len(data)), data)
+    elif isinstance(value, Link):
+        out += (_TAG, _head(2, len(value) + 1), b"\x00", value)
+    elif isinstance(value, bytes):
+        out += (_head(2, len(value)), value)
+    elif isinstance(value, dict):
+        out.append(_head(5, len(value)))
+        for key, item in sorted(((_key(key), item) for key, item in value.items()), key=_key_order):
+            out += (_head(3, len(key)), key)
+            _put(item, out)
+    elif isinstance(value, (list, tuple)):
+        out.append(_head(4, len(value)))
+        for item in value:
+            _put(item, out)
+    else:
+        out.append(_encode_scalar(value))
+
+
+def _key(key: object) -> bytes:
+    if not isinstance(key, str):
+        raise DagCborError(f"a map key is not a string: {key!r}")
+    return key.encode()
+
+
+def _key_order(pair: tuple[bytes, Any]) -> tuple[int, bytes]:
+    return len(pair[0]), pair[0]
+
+
+def _encode_scalar(value: Any) -> bytes:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if -(2**64) <= value < 0:
+            return _head(1, -1 - value)
+        if 0 <= value < 2**64:
+            return _head(0, value)
+    return encode(value)
+
+
+def _head(major: int, number: int) -> bytes:
+    if number < 24:
+        return bytes((major << 5 | number,))
+    for info, size in ((24, 1), (25, 2), (26, 4), (27, 8)):
+        if number < 1 << 8 * size:
+            return bytes((major << 5 | info,)) + number.to_bytes(size, "big")
+    raise DagCborError(f"a length or integer beyond 64 bits: {number}")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).removeprefix("Failed to decode DAG-CBOR. ")
+    return (text or type(error).__name__)[:200]
+
+
+# --- JSON -------------------------------------------------------------------------------------------------
+
+
+def record_to_json(block: bytes) -> bytes:
+    """The JSON form of a record block: links as ``{"$link"}``, byte strings as ``{"$bytes"}`` (no padding)."""
+    try:
+        if _TAG not in block and not _may_hold_long_tags(block):
+            return orjson.dumps(_decode(block), default=_bytes_json)
+        return orjson.dumps(decode_exact(block), default=_exact_json)
+    except DagCborError:
+        raise
+    except Exception as error:
+        raise DagCborError(f"has no JSON form: {_reason(error)}") from error
+
+
+def _bytes_json(value: Any) -> dict[str, str]:
+    if isinstance(value, bytes):
+        return {"$bytes": b64encode(value).rstrip(b"=").decode()}
+    raise DagCborError(f"has no JSON form: {type(value).__name__}")
+
+
+def _exact_json(value: Any) -> dict[str, str]:
+    if isinstance(value, Link):
+        return {"$link": format_link(value)}
+    return _bytes_json(value)
+
+
+def format_link(cid: bytes) -> str:
+    """The text form of any CID that libipld lets through, not only of our two."""
+    if len(cid) == CID_LENGTH:
+        return format_cid(cid)
+    text: str = libipld.encode_cid(cid)
+    return text
+
+
+def record_from_json(value: Any) -> bytes:
+    """The canonical block of a record given as JSON values (``$link``, ``$bytes``); `RecordInvalid` when it
+    breaks the data model. Floats that are whole numbers count as integers, as JSON does not tell them apart."""
+    if not isinstance(value, dict):
+        raise RecordInvalid(f"a record is an object, not {type(value).__name__}")
+    try:
+        block = encode_exact(_from_json(value, 0))
+    except (DagCborError, UnicodeEncodeError) as error:
+        raise RecordInvalid(str(error)) from error
+    check_record(block)
+    return block
+
+
+def _from_json(value: Any, depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise RecordInvalid(f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        if "$link" in value or "$bytes" in value:
+            return _special(value)
+        return {key: _from_json(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_json(item, depth + 1) for item in value]
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise RecordInvalid(f"a float is not allowed: {value!r}")
+        return int(value)
+    return value
+
+
+def _special(value: dict[str, Any]) -> bytes:
+    ((name, text),) = value.items() if len(value) == 1 else ((None, None),)
+    if name is None or not isinstance(text, str):
+        raise RecordInvalid(f"$link and $bytes stand alone in their object, with a string: {str(value)[:100]}")
+    if name == "$link":
+        try:
+            return Link(parse_cid(text))
+        except SyntaxInvalid as error:
+            raise RecordInvalid(f"$link: {error}") from error
+    try:
+        return b64decode(text.rstrip("=") + "=" * (-len(text.rstrip("=")) % 4), validate=True)
+    except ValueError as error:
+        raise RecordInvalid(f"$bytes is not base64: {text[:50]!r}") from error
+
+
+# --- Data model -------------------------------------------------------------------------------------------
+
+# Bytes that may open a float, a tag in a long head or an 8-byte integer, or (as UTF-8) stand in a text: a block
+# without them needs no look at its numbers.
+_NUMBERS: Final = bytes((0xFB, 0x1B, 0x3B))
+_CONTAINERS: Final = bytes(range(0x80, 0xC0))
+
+
+def check_record(block: bytes, *, max_bytes: int = MAX_RECORD_BYTES, max_depth: int = MAX_DEPTH) -> None:
+    """Raise `RecordInvalid` unless ``block`` is a record that obeys the data model.
+
+    A map at the top; no floats, integers within ±(2^53−1), nesting within ``max_depth``, links to CIDv1
+    dag-cbor or raw with SHA-256, ``$type`` a non-empty string, blobs complete, text valid UTF-8.
+    """
+    if len(block) > max_bytes:
+        raise RecordInvalid(f"{len(block)} bytes, more than {max_bytes}", reason="record_size")
+    try:
+        value = _decode(block)
+    except Exception as error:
+        raise RecordInvalid(f"not DAG-CBOR: {_reason(error)}") from error
+    if type(value) is not dict:
+        raise RecordInvalid(f"a record is a map, not {type(value).__name__}")
+    try:
+        _check_model(decode_exact(block), max_depth)
+    except DagCborError as error:
+        raise RecordInvalid(str(error)) from error
+
+
+def _check_model(record: dict[str, Any], max_depth: int) -> None:
+    stack: list[tuple[Any, int]] = [(record, 1)]
+    while stack:
+        value, depth = stack.pop()
+        if depth > max_depth:
+            raise RecordInvalid(f"nested deeper than {max_depth} levels", reason="record_depth")
+        items = value.values() if type(value) is dict else value
+        if type(value) is dict and "$type" in value:
+            _check_type(value)
+        for item in items:
+            kind = type(item)
+            if kind is dict or kind is list:
+                stack.append((item, depth + 1))
+            elif kind is int:
+                if not -MAX_SAFE_INTEGER <= item <= MAX_SAFE_INTEGER:
+                    raise RecordInvalid(f"an integer beyond 53 bits: {item}")
+            elif kind is float:
+                raise RecordInvalid(f"a float is not allowed: {item!r}")
+            elif kind is Link and not _is_blessed(item):
+                raise RecordInvalid(f"a link to an unusable CID {item[:40].hex()}: {cid_fault(item)}")
+
+
+def _is_blessed(cid: bytes) -> bool:
+    return len(cid) == CID_LENGTH and cid[:4] in (DAG_CBOR_PREFIX, RAW_PREFIX)
+
+
+def _check_type(value: dict[str, Any]) -> None:
+    name = value["$type"]
+    if type(name) is not str or not name:
+        raise RecordInvalid(f"$type is not a non-empty string: {name!r}"[:200])
+    if name == "blob" and not (
+        type(value.get("ref")) is Link
+        and type(value.get("mimeType")) is str
+        and type(value.get("size")) is int
+        and value["size"] >= 0
+    ):
+        raise RecordInvalid("a blob needs ref (link), mimeType (string) and size (integer)")

@@ -1,0 +1,330 @@
+"""Taking a commit back: from its root, a partial tree and its operations to the root before it. Hot.
+
+An inversion that ends in a verified earlier root proves the part of the tree that it never touched, because that
+part stands in the earlier tree by its hash. What it does touch is held to every tree rule as it stands in the
+*new* tree, before it is changed: form, layer, bounds, no empty node, the root has an entry. Nodes off the
+paths of the operations are never decoded, and a node of which only a child changed is re-encoded by
+exchanging that child's CID in its bytes. Source: the sync specification, section "Commit Validation: MST Operation
+Inversion". Pure, any thread.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Final, NamedTuple
+
+from indexer.atproto import syntax
+from indexer.atproto.cid import DAG_CBOR_PREFIX, format_cid
+from indexer.atproto.mst import check_place, load_node, root_layer
+from indexer.atproto.node import EMPTY_ROOT, describe, encode_node, key_layer, replace_kid, shown
+from indexer.atproto.types import Cid, Path
+from indexer.errors import CommitError, MissingBlock, MstError, SyntaxInvalid
+
+MAX_OPS: Final = 200
+
+
+class Op(NamedTuple):
+    """One operation of a commit: ``cid`` is the new record (None: deleted), ``prev`` the old (None: created)."""
+
+    action: str
+    path: Path
+    cid: Cid | None
+    prev: Cid | None
+
+
+class _Part:
+    """A loaded node. A kid is None, the CID of a node that is not loaded, or a `_Part`.
+
+    ``block`` is the node's bytes as they were in the new tree, None once its own entries have changed.
+    """
+
+    __slots__ = ("block", "cid", "keys", "kids", "layer", "values")
+
+    def __init__(
+        self,
+        layer: int,
+        keys: list[bytes],
+        values: list[Cid],
+        kids: list[Cid | _Part | None],
+        cid: Cid = b"",
+        block: bytes | None = None,
+    ) -> None:
+        self.layer = layer
+        self.keys = keys
+        self.values = values
+        self.kids = kids
+        self.cid = cid
+        self.block = block
+
+    @property
+    def empty(self) -> bool:
+        return not self.keys and self.kids[0] is None
+
+
+_Kid = Cid | _Part | None
+
+
+def check_ops(ops: Sequence[Op], max_ops: int = MAX_OPS) -> None:
+    """Raise `CommitError` unless the operations are well-formed and name no path twice (sync.md §2, row 14)."""
+    if len(ops) > max_ops:
+        raise CommitError(f"{len(ops)} operations, more than {max_ops}", reason="ops_count")
+    for op in ops:
+        fault = _op_fault(op)
+        if fault:
+            raise CommitError(f"operation {op.action!r} on {op.path!r}: {fault}"[:300], reason="ops")
+    if len({op.path for op in ops}) != len(ops):
+        raise CommitError("two operations on one path", reason="ops")
+
+
+def _op_fault(op: Op) -> str:
+    try:
+        syntax.check_path(op.path)
+    except SyntaxInvalid as error:
+        return str(error)
+    match op.action:
+        case "create":
+            fine, rule = op.cid is not None and op.prev is None, "a create has a cid and no prev"
+        case "update":
+            fine = op.cid is not None and op.prev is not None and op.cid != op.prev
+            rule = "an update has a cid and another prev"
+        case "delete":
+            fine, rule = op.cid is None and op.prev is not None, "a delete has a prev and no cid"
+        case _:
+            fine, rule = False, "unknown action"
+    return "" if fine else rule
+
+
+def invert(root: Cid, blocks: Mapping[Cid, bytes], ops: Sequence[Op], expected: Cid | None = None) -> Cid:
+    """The root before ``ops``, from the root after them and the nodes in ``blocks`` (hashes checked).
+
+    Two orders are tried, since a partial tree that suffices for one may not for the other: deletes first, each
+    group by path; then the message backwards. `MissingBlock`: the nodes do not suffice. `MstError`:
+    reason ``ops`` when the tree does not hold what the operations say, ``mst`` when it breaks a
+    rule, ``inversion`` when ``expected`` is given and the result is another root.
+    """
+    ordered = sorted(ops, key=_sorted_order)
+    try:
+        return _Inversion(root, blocks).run(ordered, expected)
+    except MissingBlock:
+        backwards = list(reversed(ops))
+        if backwards == ordered:
+            raise
+        return _Inversion(root, blocks).run(backwards, expected)
+
+
+def _sorted_order(op: Op) -> tuple[bool, Path]:
+    return op.action != "delete", op.path
+
+
+class _Inversion:
+    """One attempt, in one order."""
+
+    __slots__ = ("_blocks", "_root")
+
+    def __init__(self, root: Cid, blocks: Mapping[Cid, bytes]) -> None:
+        self._blocks = blocks
+        node = load_node(root, blocks.get)
+        if root == EMPTY_ROOT:
+            self._root = _Part(0, [], [], [None], root, b"")
+        else:
+            self._root = _Part(root_layer(root, node), *node, root, blocks[root])  # type: ignore[arg-type]
+
+    def run(self, ops: Sequence[Op], expected: Cid | None) -> Cid:
+        for op in ops:
+            key = op.path.encode("ascii", "replace")
+            if op.action == "create":
+                self._remove(key, op.cid)
+            elif op.action == "update":
+                self._exchange(key, op.cid, op.prev)
+            else:
+                self._insert(key, op.prev)
+        return self._finish(expected)
+
+    # --- the three inverse operations ---
+
+    def _remove(self, key: bytes, cid: Cid | None) -> None:
+        way, node, index, low, high = self._locate(key)
+        _expect(node, index, key, cid)
+        left, right = node.kids[index], node.kids[index + 1]
+        merged = self._merge(left, right, key, node.layer - 1, low, high)
+        del node.keys[index], node.values[index]
+        node.kids[index : index + 2] = [merged]
+        node.block = None
+        while way and node.empty:
+            node, index = way.pop()
+            node.kids[index] = None
+            node.block = None
+
+    def _exchange(self, key: bytes, cid: Cid | None, prev: Cid | None) -> None:
+        _, node, index, _, _ = self._locate(key)
+        _expect(node, index, key, cid)
+        if prev is None:
+            raise MstError(f"the update of {shown(key)} has no prev", reason="ops")
+        node.values[index] = prev
+        node.block = None
+
+    def _insert(self, key: bytes, prev: Cid | None) -> None:
+        if prev is None:
+            raise MstError(f"the delete of {shown(key)} has no prev", reason="ops")
+        layer = key_layer(key)
+        while self._root.layer < layer:
+            below = None if self._root.empty else self._root
+            self._root = _Part(self._root.layer + 1, [], [], [below])
+        node, index, low, high = self._descend_to(key, layer)
+        if index < len(node.keys) and node.keys[index] == key:
+            raise MstError(f"{shown(key)} is deleted, but the tree holds it", reason="ops")
+        left, right = self._split(node.kids[index], key, layer - 1, low, high)
+        node.keys.insert(index, key)
+        node.values.insert(index, prev)
+        node.kids[index : index + 1] = [left, right]
+        node.block = None
+
+    # --- finding the place ---
+
+    def _locate(self, key: bytes) -> tuple[list[tuple[_Part, int]], _Part, int, bytes, bytes | None]:
+        """(nodes above with the child taken, node, index, bounds of the subtree around the entry)."""
+        layer = key_layer(key)
+        node = self._root
+        way: list[tuple[_Part, int]] = []
+        low: bytes = b""
+        high: bytes | None = None
+        while True:
+            keys = node.keys
+            index = bisect_left(keys, key)
+            if node.layer <= layer:
+                break
+            if index:
+                low = keys[index - 1]
+            if index < len(keys):
+                high = keys[index]
+            kid = node.kids[index]
+            if kid is None:
+                raise MstError(f"the tree does not hold {shown(key)}", reason="ops")
+            way.append((node, index))
+            if type(kid) is bytes:
+                kid = node.kids[index] = self._load(kid, node.layer - 1, low, high)
+            node = kid  # type: ignore[assignment]
+        if index >= len(keys) or keys[index] != key:
+            raise MstError(f"the tree does not hold {shown(key)}", reason="ops")
+        low = keys[index - 1] if index else low
+        high = keys[index + 1] if index + 1 < len(keys) else high
+        return way, node, index, low, high
+
+    def _descend_to(self, key: bytes, layer: int) -> tuple[_Part, int, bytes, bytes | None]:
+        """The node of ``layer`` in which ``key`` belongs, made of empty intermediates where there is none."""
+        node = self._root
+        low: bytes = b""
+        high: bytes | None = None
+        while True:
+            keys = node.keys
+            index = bisect_left(keys, key)
+            if index:
+                low = keys[index - 1]
+            if index < len(keys):
+                high = keys[index]
+            if node.layer == layer:
+                return node, index, low, high
+            kid = node.kids[index]
+            if kid is None:
+                kid = node.kids[index] = _Part(node.layer - 1, [], [], [None])
+                node.block = None
+            elif type(kid) is bytes:
+                kid = node.kids[index] = self._load(kid, node.layer - 1, low, high)
+            node = kid  # type: ignore[assignment]
+
+    def _load(self, cid: Cid, layer: int, low: bytes, high: bytes | None) -> _Part:
+        """The node behind ``cid``, with all that its place demands: on ``layer``, keys within (low, high)."""
+        node = load_node(cid, self._blocks.get)
+        check_place(cid, node, layer)
+        keys = node.keys
+        if keys and (keys[0] <= low or high is not None and keys[-1] >= high):
+            raise MstError(f"{describe(cid)} has keys outside of its parent's bounds")
+        return _Part(layer, *node, cid, self._blocks[cid])  # type: ignore[arg-type]
+
+    # --- changing the shape ---
+
+    def _merge(
+        self, left: _Kid, right: _Kid, key: bytes, layer: int, low: bytes, high: bytes | None
+    ) -> _Kid:
+        """One subtree of the two that touch once ``key`` between them is gone."""
+        if left is None:
+            return right
+        if right is None:
+            return left
+        if type(left) is bytes:
+            left = self._load(left, layer, low, key)
+        if type(right) is bytes:
+            right = self._load(right, layer, key, high)
+        assert isinstance(left, _Part)
+        assert isinstance(right, _Part)
+        inner = self._merge(
+            left.kids[-1], right.kids[0], key, layer - 1,
+            left.keys[-1] if left.keys else low, right.keys[0] if right.keys else high,
+        )  # fmt: skip
+        return _Part(
+            layer, left.keys + right.keys, left.values + right.values,
+            [*left.kids[:-1], inner, *right.kids[1:]],
+        )  # fmt: skip
+
+    def _split(
+        self, kid: _Kid, key: bytes, layer: int, low: bytes, high: bytes | None
+    ) -> tuple[_Kid, _Kid]:
+        """The parts of a subtree before and behind ``key``."""
+        if kid is None:
+            return None, None
+        node = self._load(kid, layer, low, high) if type(kid) is bytes else kid
+        assert isinstance(node, _Part)
+        index = bisect_left(node.keys, key)
+        inner_low = node.keys[index - 1] if index else low
+        inner_high = node.keys[index] if index < len(node.keys) else high
+        before, behind = self._split(node.kids[index], key, layer - 1, inner_low, inner_high)
+        left = _Part(layer, node.keys[:index], node.values[:index], [*node.kids[:index], before])
+        right = _Part(layer, node.keys[index:], node.values[index:], [behind, *node.kids[index + 1 :]])
+        return None if left.empty else left, None if right.empty else right
+
+    # --- the result ---
+
+    def _finish(self, expected: Cid | None) -> Cid:
+        top: _Kid = self._root
+        while isinstance(top, _Part) and not top.keys:
+            top = top.kids[0]
+        if top is None:
+            result, unseen = EMPTY_ROOT, False
+        elif isinstance(top, _Part):
+            result, unseen = _seal(top), False
+        else:
+            # Nobody has looked into this node: it may be an empty intermediate that has to go, too.
+            result, unseen = top, True
+        if expected is not None and result != expected:
+            if unseen:
+                raise MissingBlock(f"{describe(result)}, left on top, is missing", cid=result)
+            raise MstError(
+                f"taking the operations back gives the root {format_cid(result)} instead of {format_cid(expected)}",
+                reason="inversion",
+            )
+        return result
+
+
+def _expect(node: _Part, index: int, key: bytes, cid: Cid | None) -> None:
+    if node.values[index] != cid:
+        found = format_cid(node.values[index])
+        raise MstError(f"the tree maps {shown(key)} to {found}, not to what the operation says", reason="ops")
+
+
+def _seal(node: _Part) -> Cid:
+    """The CID of a loaded subtree as it stands now. As deep as its layers, at most 128."""
+    kids = node.kids
+    block = node.block
+    for index, kid in enumerate(kids):
+        if type(kid) is _Part:
+            cid = _seal(kid)
+            if block is not None and cid != kid.cid:
+                block = replace_kid(block, index, kid.cid, cid) if kid.cid else None
+            kids[index] = cid
+    if block is None:
+        block = encode_node(node.keys, node.values, kids)  # type: ignore[arg-type]
+    elif block is node.block:
+        return node.cid
+    return DAG_CBOR_PREFIX + sha256(block).digest()
