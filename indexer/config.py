@@ -137,6 +137,7 @@ class PlcSettings(Section):
 class StoreSettings(Section):
     blocks: bool = Field(True, description="keep record blocks; off is index-only mode")
     quarantine_entries: int = Field(10_000, ge=1, description="refused frames kept for inspection")
+    quarantine_entry_kib: int = Field(64, ge=1, description="KiB of one refused frame that are kept")
 
 
 class DurabilitySettings(Section):
@@ -164,6 +165,7 @@ class GcSettings(Section):
     ttl_interval: Duration = Field(60.0, description="time between watermarks and prunes")
     blocks_interval: Duration = Field(60.0, description="time between block collections")
     step_rows: int = Field(2000, ge=1, description="rows handled in one step of a worker")
+    wipe_point_rows: int = Field(20_000, ge=0, description="rows of a repository above which a wipe deletes by range")
     compact_after: int = Field(
         100_000, ge=1, description="reclaimed blocks that ask for a compaction of their range"
     )

@@ -296,7 +296,7 @@ class Database(Reads):
         if mode is not None and mode != remembered:
             raise StoreModeMismatch(
                 f"{self.path}: the database was made in {remembered} mode and cannot be opened in "
-                f"{mode} mode; use another data_dir, or the settings ephemeral.enabled and store.blocks it was made with"
+                f"{mode} mode; use another data_dir, or ephemeral.enabled and store.blocks as it was made"
             )
         self.mode = remembered
 

@@ -120,3 +120,19 @@ KEYSPACES: Final[dict[str, Keyspace[Any, Any]]] = {
         PENDING, RESYNC_BUFFER, FILTER, QUARANTINE,
     )
 }  # fmt: skip
+
+# ---- names in `cursors` that the store keeps for itself; upstream cursors have names of their own
+
+FORMAT_VERSION: Final = "format"  # [version, oldest format that may read it]
+MODE: Final = "mode"
+HEAD: Final = "head"  # [next event id, time_us of the last event]
+FLOOR: Final = "floor"  # the first retained event id
+RESERVE: Final = "reserve"  # ids below it may have been given out; always synced before they are
+BOOT: Final = "boot"  # the machine's boot id when the writer started
+CLEAN: Final = "clean"  # set by a shutdown in good order
+HOLE: Final = "hole/"  # + first missing id: the first id after the hole
+CHECKPOINT: Final = "checkpoint"  # the first row of `reflog` that is not folded
+WATERMARK: Final = "watermark/"  # + time_us, 20 digits: the next event id at that time
+WIPE: Final = "wipe/"  # + DID: a wiped life of which traces remain
+SWEEP: Final = "sweep"  # [position, end] of the sweep under way
+QUARANTINE_NEXT: Final = "quarantine/next"
