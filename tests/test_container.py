@@ -129,17 +129,19 @@ def test_it_starts_the_daemon_and_stops_it_by_the_signal_that_drains() -> None:
     assert _one(FINAL, "STOPSIGNAL") == "SIGTERM"
 
 
-class _Health(BaseHTTPRequestHandler):
-    status = 200
-    asked: list[str]
+def _daemon(status: int, asked: list[str]) -> type[BaseHTTPRequestHandler]:
+    """Answers every request with ``status`` and notes its path."""
 
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        self.send_response(self.status)
-        self.end_headers()
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
 
-    def log_message(self, format: str, *args: Any) -> None:
-        return
+        def log_message(self, format: str, *args: Any) -> None:
+            return
+
+    return Handler
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
@@ -148,14 +150,14 @@ def test_the_health_check_believes_the_daemon(status: int, healthy: bool) -> Non
     command = json.loads(check[check.index("[") :])
     assert command[:2] == ["python", "-c"]
     assert "127.0.0.1:3000/health'" in command[2]
-    handler = type("Health", (_Health,), {"status": status, "asked": []})
-    with HTTPServer(("127.0.0.1", 0), handler) as server:
+    asked: list[str] = []
+    with HTTPServer(("127.0.0.1", 0), _daemon(status, asked)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = command[2].replace(":3000", f":{server.server_port}")
         outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
         server.shutdown()
     assert (outcome.returncode == 0) is healthy
-    assert handler.asked == ["/health"]
+    assert asked == ["/health"]
 
 
 def _yaml(text: str) -> Any:

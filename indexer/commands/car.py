@@ -6,7 +6,6 @@ a file whose block hashes, tree or completeness do not hold, with one error that
 
 from __future__ import annotations
 
-import mmap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import click
 import orjson
 
-from indexer.atproto.car import iter_blocks
+from indexer.atproto.car import DEFAULT_LIMITS, iter_blocks, read_header
 from indexer.atproto.cid import format_cid
 from indexer.atproto.crypto import parse_did_key
 from indexer.atproto.dagcbor import record_to_json
@@ -36,32 +35,23 @@ class Signer(NamedTuple):
     key: DidKey
 
 
-def verify_car(buffer: bytes | mmap.mmap, signer: Signer | None = None) -> dict[str, Any]:
+def verify_car(buffer: bytes, signer: Signer | None = None) -> dict[str, Any]:
     """Every check of a repository CAR; what `car verify` prints. Raises a `BadInput` that says what broke."""
-    repo = index_repo(buffer, did=signer and signer.did, key=signer and signer.key)
-    return {
-        "did": repo.commit.did,
-        "rev": repo.commit.rev,
-        "commit": format_cid(repo.commit_cid),
-        "data": format_cid(repo.data),
-        "records": len(repo.records),
-        "blocks": repo.blocks,
-        "bytes": len(buffer),
-        "signature": "valid" if signer else "not checked",
-    }
+    return _summary(_checked(buffer, signer), signer)
 
 
-def inspect_car(buffer: bytes | mmap.mmap) -> dict[str, Any]:
+def inspect_car(buffer: bytes) -> dict[str, Any]:
     """`verify_car` and what is inside: collections, depth of the tree, blocks that nothing needs."""
-    repo = index_repo(buffer)
-    cids = [cid for cid, _start, _end in iter_blocks(buffer)]
+    repo = _checked(buffer, None)
+    roots, _start = read_header(buffer)
+    cids = [cid for cid, _start, _end in iter_blocks(buffer, verify=False)]
     tree = build((path, cid) for path, cid, _start, _end in repo.records)
     needed = {repo.commit_cid, *tree.nodes, *(cid for _path, cid, _start, _end in repo.records)}
     collections = Counter(path.partition("/")[0] for path, _cid, _start, _end in repo.records)
     layers = [key_layer(path.encode()) for path, _cid, _start, _end in repo.records]
     return {
-        **verify_car(buffer),
-        "roots": [format_cid(repo.commit_cid)],
+        **_summary(repo, None),
+        "roots": [format_cid(root) for root in roots],
         "record_bytes": sum(end - start for _path, _cid, start, end in repo.records),
         "tree_nodes": len(tree.nodes),
         "tree_depth": max(layers, default=0) + 1,
@@ -71,13 +61,28 @@ def inspect_car(buffer: bytes | mmap.mmap) -> dict[str, Any]:
     }
 
 
-def _opened(file: Path) -> mmap.mmap:
-    """The file's bytes, mapped rather than read. Never closed by hand: slices may outlive the command."""
+def _checked(buffer: bytes, signer: Signer | None) -> RepoIndex:
+    return index_repo(buffer, did=signer.did if signer else None, key=signer.key if signer else None)
+
+
+def _summary(repo: RepoIndex, signer: Signer | None) -> dict[str, Any]:
+    return {
+        "did": repo.commit.did,
+        "rev": repo.commit.rev,
+        "commit": format_cid(repo.commit_cid),
+        "data": format_cid(repo.data),
+        "records": len(repo.records),
+        "blocks": repo.blocks,
+        "bytes": repo.bytes,
+        "signature": "valid" if signer else "not checked",
+    }
+
+
+def _read(file: Path) -> bytes:
+    """The file's bytes, at most one more than a repository may have, so that an endless one ends too."""
     try:
         with file.open("rb") as source:
-            return mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError as error:
-        raise CarError(f"{file}: the file is empty") from error
+            return source.read(DEFAULT_LIMITS.max_bytes + 1)
     except OSError as error:
         raise CarError(f"{file}: {error.strerror}") from error
 
@@ -138,7 +143,7 @@ def car() -> None:
 @_json
 def verify(file: Path, key: str | None, document: Path | None, as_json: bool) -> None:
     """Check block hashes, tree, completeness and, given a key, the signature."""
-    result = verify_car(_opened(file), _signer(key, document))
+    result = verify_car(_read(file), _signer(key, document))
     if as_json:
         click.echo(orjson.dumps(result))
     else:
@@ -150,7 +155,7 @@ def verify(file: Path, key: str | None, document: Path | None, as_json: bool) ->
 @_json
 def inspect(file: Path, as_json: bool) -> None:
     """What is inside: roots, commit, counts, collections, shape of the tree, blocks that nothing needs."""
-    result = inspect_car(_opened(file))
+    result = inspect_car(_read(file))
     if as_json:
         click.echo(orjson.dumps(result))
     else:
@@ -162,11 +167,11 @@ def inspect(file: Path, as_json: bool) -> None:
 @_json
 def ls(file: Path, as_json: bool) -> None:
     """Every record's path and CID, in key order."""
-    repo = index_repo(_opened(file))
-    out = click.get_text_stream("stdout")
-    for path, cid, _start, _end in repo.records:
-        text = format_cid(cid)
-        out.write(f'{{"path":"{path}","cid":"{text}"}}\n' if as_json else f"{path} {text}\n")
+    repo = index_repo(_read(file))
+    form = '{{"path":"{}","cid":"{}"}}\n' if as_json else "{} {}\n"
+    # A checked path holds nothing that JSON would escape.
+    lines = (form.format(path, format_cid(cid)) for path, cid, _start, _end in repo.records)
+    click.echo("".join(lines), nl=False)
 
 
 @car.command()
@@ -184,11 +189,11 @@ def extract(file: Path, path: str | None, everything: bool, output: Path | None,
         raise click.UsageError("name one PATH, or give --all")
     if everything and output is None:
         raise click.UsageError("--all needs a folder: -o DIR")
-    buffer = _opened(file)
+    buffer = _read(file)
     written = 0
     for name, content in _contents(index_repo(buffer), buffer, path, raw):
         if output is None:
-            click.get_binary_stream("stdout").write(content if raw else content + b"\n")
+            click.echo(content, nl=not raw)
         else:
             _write(output / (name + (".cbor" if raw else ".json")), content)
         written += 1
@@ -198,7 +203,7 @@ def extract(file: Path, path: str | None, everything: bool, output: Path | None,
         click.echo(f"{written} records written to {output}", err=True)
 
 
-def _contents(repo: RepoIndex, buffer: mmap.mmap, path: str | None, raw: bool) -> Iterator[tuple[str, bytes]]:
+def _contents(repo: RepoIndex, buffer: bytes, path: str | None, raw: bool) -> Iterator[tuple[str, bytes]]:
     for name, _cid, start, end in repo.records:
         if path is None or name == path:
             block = buffer[start:end]

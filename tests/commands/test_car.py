@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -13,19 +11,7 @@ from click.testing import CliRunner, Result
 from indexer.atproto.dagcbor import record_from_json
 from indexer.cli import main
 from indexer.commands.car import car
-from tests.paths import DATA, shared_data
-
-
-def repo_file(name: str) -> Path:
-    """A repository that a real PDS made: the project's own copy, else the shared one."""
-    own = DATA / "repos" / name
-    return own if own.exists() else shared_data(f"repos/{name}")
-
-
-def truth_of(name: str) -> dict[str, Any]:
-    """What the PDS says is in it."""
-    truth: dict[str, Any] = json.loads(gzip.decompress(repo_file(f"{name}.truth.json.gz").read_bytes()))
-    return truth
+from tests.commands.real_repos import repo_file, truth_of
 
 
 def run(*arguments: object) -> Result:
@@ -47,7 +33,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_verify_agrees_with_the_host(name: str) -> None:
     truth = truth_of(name)
     file = repo_file(f"{name}.car")
-    result = run("verify", file, "--key", truth["signing_key"], "--json")
+    result = run("verify", file, "--key", truth["signingKey"], "--json")
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout.splitlines()[-1])
     assert list(answer) == ["did", "rev", "commit", "data", "records", "blocks", "bytes", "signature"]
@@ -142,11 +128,11 @@ def test_a_did_document_gives_the_account_and_its_key(
 ) -> None:
     truth = truth_of("ten")
     file = tmp_path / "did.json"
-    file.write_text(_document(truth["did"], truth["signing_key"]))
+    file.write_text(_document(truth["did"], truth["signingKey"]))
     answer = run("verify", repo_file("ten.car"), "--did-document", file, "--json")
     assert json.loads(answer.stdout)["signature"] == "valid"
     stranger = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
-    file.write_text(_document(stranger, truth["signing_key"]))
+    file.write_text(_document(stranger, truth["signingKey"]))
     assert stranger in refusal(capsys, "verify", repo_file("ten.car"), "--did-document", file)
     for text in ("{", "[]", "{}", json.dumps({"id": truth["did"]})):
         file.write_text(text)
