@@ -1,0 +1,130 @@
+"""A verified repository into the store.
+
+Owns the units of work that put a repository's records there. Each unit checks first that the repository
+is still the one the job claimed (epoch, state, tracked): a wipe or a break in between ends the job. Leaves
+out fetching and what happens to failures. Event loop only; blocks are read from the spooled CAR.
+
+The first unit clears `complete` and raises `min_rev` to what is about to be written; the last one sets
+`complete`, rev, root and commit, and makes the repository synced when no frame waits for it. Otherwise it
+leaves `Work.DRAIN`, and the ingest side replays the frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path as FilePath
+from typing import NamedTuple
+
+from indexer.atproto.types import Did
+from indexer.backfill.diff import Changes, StoredRecord, WantsCollection, diff, joined
+from indexer.backfill.queue import CLAIMED_DUE
+from indexer.backfill.rows import claimed, with_word
+from indexer.backfill.verify import Verified, map_file, read_index
+from indexer.identity.resolver import Identity
+from indexer.ingest.apply import with_identity
+from indexer.store.codecs import AccountStatus, RepoRow, SyncState, Work
+from indexer.store.database import Database
+from indexer.store.transaction import Transaction
+from indexer.store.writer import Writer
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One verified repository on its way into the store."""
+
+    did: Did
+    epoch: int
+    verified: Verified
+    car: FilePath
+    index: FilePath
+    wants: WantsCollection | None  # None: every collection
+    identity: Identity
+    mark: str = ""  # stays in the row as its error
+
+
+class Applied(NamedTuple):
+    """How an apply went. ``row``: the last one written, None when the repository is no longer the job's."""
+
+    row: RepoRow | None
+    changes: int
+
+
+async def apply_repo(db: Database, writer: Writer, plan: Plan, chunk: int) -> Applied:
+    """Writes what differs from the stored repository, in units of ``chunk`` changes, each durable in turn."""
+    buffer = map_file(plan.car)
+    steps = diff(read_index(plan.index), stored_pages(db, plan.did, chunk), plan.wants)
+    changes = 0
+    first = True
+    for part, last in joined(steps, chunk):
+        row = await writer.run("backfill_apply", Unit(plan, buffer, part, first, last))
+        if row is None or last:
+            return Applied(row, changes + (0 if row is None else part.size))
+        changes += part.size
+        first = False
+    raise AssertionError("there is always a last unit")
+
+
+def stored_pages(db: Database, did: Did, size: int) -> Iterator[list[StoredRecord]]:
+    """The repository's stored rows in key order. While it is backfilling nobody else writes them."""
+    start: str | None = None
+    while page := db.records(did, start=start, limit=size):
+        yield page
+        start = page[-1][0] + "\0"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One step of an apply, to be run by the writer."""
+
+    plan: Plan
+    buffer: mmap
+    changes: Changes
+    first: bool
+    last: bool
+
+    def __call__(self, tx: Transaction) -> RepoRow | None:
+        """The row after the step; None, and nothing written, when the job is obsolete."""
+        plan = self.plan
+        row = claimed(tx, plan.did, plan.epoch)
+        if row is None:
+            return None
+        did, rev, buffer, put = plan.did, plan.verified.rev, self.buffer, tx.put_record
+        for path, cid, start, end, flags in self.changes.puts:
+            put(did, path, cid, buffer[start:end], rev, live=False, flags=flags)
+        for path in self.changes.deletes:
+            tx.delete_record(did, path, rev, live=False)
+        if self.first:
+            # A mark says that a repository below `min_rev` was accepted; its own rev is the bound now.
+            row = row._replace(complete=False, min_rev=rev if plan.mark else max(row.min_rev, rev))
+        if self.last:
+            row = with_identity(tx, did, row, plan.identity)
+            if not row.status.active:  # its PDS serves the repository: the account is back
+                row = with_word(tx, did, row, AccountStatus.ACTIVE)
+            row = finished(row, plan, waiting=tx.buffer_size(did)[0] > 0, now_us=tx.now_us)
+            count_done(tx, plan)
+        if self.first or self.last:
+            tx.set_repo(did, row)
+        return row
+
+
+def finished(row: RepoRow, plan: Plan, *, waiting: bool, now_us: int) -> RepoRow:
+    """The row once all records are in; ``waiting``: frames of the repository wait to be replayed."""
+    verified = plan.verified
+    row = row._replace(
+        complete=plan.wants is None and not verified.oversize,
+        rev=verified.rev, data=verified.data, commit=verified.commit_block,
+        error=plan.mark, attempt=0,
+    )  # fmt: skip
+    if row.min_rev > row.rev:  # newer frames were dropped meanwhile: their buffer was full
+        return row._replace(state=SyncState.DESYNCHRONIZED, due=now_us, error="buffer_overflow")
+    if waiting:
+        return row._replace(due=CLAIMED_DUE, work=row.work | Work.DRAIN)
+    return row._replace(state=SyncState.SYNCED, due=0)
+
+
+def count_done(tx: Transaction, plan: Plan) -> None:
+    tx.add_count("backfill/done/below_min_rev" if plan.mark else "backfill/done/ok", 1)
+    if plan.verified.flagged:
+        tx.add_count("backfill/record/flagged", plan.verified.flagged)

@@ -1,0 +1,159 @@
+"""One `getRepo` into a file, within limits.
+
+Owns the spool folder, the meaning of a host's answers, and the limits of a download: bytes, total time,
+mean throughput, the shared budget. Leaves out which host to ask and when to ask again. Event loop only;
+the small file writes go to the page cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import orjson
+
+from indexer.atproto.types import Did
+from indexer.backfill.budget import Share
+from indexer.backfill.hosts import exhausted_s, reset_s
+from indexer.config import BackfillSettings
+from indexer.errors import FetchError, FetchRefused, FetchTransient
+from indexer.identity.http import HttpClient, StreamResponse, retry_after
+
+#: Before a host's throughput is judged it may take this long, to build the CAR of a large repository.
+GRACE_S = 20.0
+#: Most of an error answer that is read for its name.
+MAX_ERROR_BODY = 16_384
+#: The client's own time limit, out of the way: a download is judged by its `Deadline`.
+OWN_TIMER_S = 86_400.0
+GET_REPO = "/xrpc/com.atproto.sync.getRepo?did="
+
+
+class Fetched(NamedTuple):
+    """A CAR on disk. ``pause`` is how long the host wants to be left alone from now on, if it said so."""
+
+    path: Path
+    size: int
+    pause: float | None
+
+
+class Spool:
+    """The folder of CARs that are being fetched or applied; nothing in it outlives the process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = count(1)
+
+    def prepare(self) -> None:
+        """Makes the folder and removes what a killed process left there."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.iterdir():
+            path.unlink()
+
+    def new(self) -> Path:
+        """The name of a CAR that does not exist yet."""
+        return self._folder / f"{next(self._numbers)}.car"
+
+    @staticmethod
+    def index_path(car: Path) -> Path:
+        """Where the index that verification makes of a CAR is kept."""
+        return car.with_suffix(".index")
+
+    def remove(self, car: Path) -> None:
+        car.unlink(missing_ok=True)
+        self.index_path(car).unlink(missing_ok=True)
+
+
+class Deadline:
+    """When a download is too slow: at ``total`` seconds, or when its mean rate falls below ``rate`` bytes/s.
+
+    Time spent waiting for room in the budget is ours, not the host's, and does not count.
+    """
+
+    def __init__(self, total: float, rate: float, started: float) -> None:
+        self._total = total
+        self._rate = rate
+        self.started = started
+
+    def at(self, received: int) -> float:
+        """The moment by which more must have come."""
+        if self._rate <= 0:
+            return self.started + self._total
+        return self.started + min(self._total, GRACE_S + received / self._rate)
+
+    def over_total(self, now: float) -> bool:
+        return now - self.started >= self._total
+
+
+async def fetch_repo(
+    http: HttpClient, origin: str, did: Did, path: Path, share: Share, settings: BackfillSettings
+) -> Fetched:
+    """Writes the repository that ``origin`` serves to ``path``.
+
+    Raises `FetchRefused` for the host's word about the account, `FetchTransient` for everything that a
+    later try may cure. The caller removes the file, also after an error.
+    """
+    url = origin.rstrip("/") + GET_REPO + quote(did, safe=":")
+    now = asyncio.get_running_loop().time
+    deadline = Deadline(settings.timeout, settings.min_kib_per_s * 1024, now())
+    request = http.stream(url, max_bytes=settings.max_car_mib << 20, timeout=OWN_TIMER_S)
+    try:
+        async with asyncio.timeout_at(deadline.at(0)) as timer, request as response:
+            if response.status != 200:
+                await _refuse(response, origin)
+            await _spool(response.chunks, path, share, deadline, timer)
+            pause = exhausted_s(response.headers, time.time())
+    except TimeoutError as error:
+        reason = "timeout" if deadline.over_total(now()) else "slow"
+        raise FetchTransient(f"{origin} sent {share.size} bytes, too slowly", reason=reason) from error
+    except OSError as error:
+        raise FetchError(f"cannot spool a repository: {error}", reason="spool") from error
+    return Fetched(path, share.size, pause)
+
+
+async def _spool(
+    chunks: AsyncIterator[bytes], path: Path, share: Share, deadline: Deadline, timer: asyncio.Timeout
+) -> None:
+    now = asyncio.get_running_loop().time
+    with path.open("wb") as file:
+        async for chunk in chunks:
+            file.write(chunk)
+            if not share.add(len(chunk)):
+                timer.reschedule(None)
+                paused = now()
+                await share.room()
+                deadline.started += now() - paused
+            timer.reschedule(deadline.at(share.size))
+
+
+async def _refuse(response: StreamResponse, origin: str) -> None:
+    """Raises what an answer other than 200 means."""
+    status, headers = response.status, response.headers
+    wait = retry_after(headers)
+    if wait is None:
+        wait = reset_s(headers, time.time())
+    if status == 429:
+        raise FetchTransient(f"{origin} asks for fewer requests", retry_after=wait, reason="rate_limited")
+    if status >= 500 and status != 501:
+        raise FetchTransient(f"{origin} answered {status}", retry_after=wait, reason="http_5xx")
+    body = b""
+    async for chunk in response.chunks:
+        body += chunk
+        if len(body) > MAX_ERROR_BODY:
+            break
+    name = error_name(body)
+    raise FetchRefused(f"{origin} answered {status} {name or 'without a reason'}", status=status, name=name)
+
+
+def error_name(body: bytes) -> str:
+    """The ``error`` of an XRPC error body; "" when it is not one."""
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return ""
+    name = answer.get("error") if isinstance(answer, dict) else None
+    return name if isinstance(name, str) and len(name) <= 100 else ""

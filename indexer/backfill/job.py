@@ -1,0 +1,254 @@
+"""One repository from due to synced.
+
+Owns the sequence of a backfill: identity, claim, fetch, verification in the pool, the comparison with
+`min_rev`, apply, replay of what waited, and the row after a failure. Leaves out which repository comes
+next. A repository whose job is cut off anywhere is still in the queue and begins again. Event loop only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import structlog
+
+from indexer.atproto.syntax import tid_micros
+from indexer.atproto.types import Did
+from indexer.backfill.apply import Plan, apply_repo
+from indexer.backfill.budget import ByteBudget, Share
+from indexer.backfill.diff import WantsCollection
+from indexer.backfill.fetch import Fetched, Spool, fetch_repo
+from indexer.backfill.hosts import Hosts, host_of
+from indexer.backfill.outcome import (
+    BELOW_MIN_REV,
+    DRAIN,
+    accepts_old,
+    judge,
+    reason_of,
+    wants_fresh_identity,
+    worth_another_host,
+)
+from indexer.backfill.rows import ClaimUnit, FailUnit, is_waiting
+from indexer.backfill.stats import Stats
+from indexer.backfill.verify import Verified, verify_car
+from indexer.config import Settings
+from indexer.errors import CommitError, FetchTransient, IndexerError, StoreError
+from indexer.identity.http import HttpClient
+from indexer.identity.resolver import Identity, Resolver
+from indexer.pool import Pool
+from indexer.store.codecs import RepoRow, SyncState, Work
+from indexer.store.database import Database
+from indexer.store.writer import Writer
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What every job works with."""
+
+    db: Database
+    writer: Writer
+    pool: Pool
+    resolver: Resolver
+    http: HttpClient
+    settings: Settings
+    hosts: Hosts
+    budget: ByteBudget
+    spool: Spool
+    stats: Stats
+    relay: str  # origin of the relay, "" when only PDSes are followed
+    drain: Callable[[Did], Awaitable[object]]
+    wants: Callable[[], WantsCollection | None]  # None: every collection
+    jitter: Callable[[], float]
+
+
+class Obtained(NamedTuple):
+    """A repository that passed every check, with the identity that vouches for it."""
+
+    verified: Verified
+    identity: Identity
+    mark: str
+
+
+class Job:
+    """The backfill of one repository, once."""
+
+    def __init__(self, tools: Tools, did: Did) -> None:
+        self._tools = tools
+        self._did = did
+        self._car = tools.spool.new()
+        self._epoch: int | None = None  # from the claim on
+        self._held = ""  # the host whose slot was taken ahead of the fetch
+
+    async def run(self) -> str | None:
+        """Does what the repository waits for. A host's name: it has no free slot, nothing was done."""
+        row = self._tools.db.repo(self._did)
+        if row is None or not is_waiting(row):
+            return None
+        try:
+            if row.state is SyncState.BACKFILLING and row.work & Work.DRAIN:
+                await self._drain()
+                return None
+            return await self._backfill(row)
+        except StoreError:
+            raise
+        except IndexerError as error:
+            await self._fail(error)
+        except Exception:
+            log.exception("backfill_broke", did=self._did)
+            await self._fail(IndexerError("the backfill broke; the log tells why", reason="internal"))
+        finally:
+            self._tools.spool.remove(self._car)
+        return None
+
+    async def _backfill(self, row: RepoRow) -> str | None:
+        tools = self._tools
+        stale = reason_of(row.error).startswith("identity")
+        identity = await tools.resolver.resolve(self._did, refresh=stale)
+        with tools.budget.share() as share:
+            await share.room()
+            host = host_of(self._origins(identity)[0])
+            if not tools.hosts.free(host):
+                return host
+            async with AsyncExitStack() as slot:
+                self._hold(host, slot)
+                claimed = await tools.writer.run("backfill_claim", ClaimUnit(self._did, identity))
+                if claimed is None:
+                    return None
+                self._epoch = claimed.epoch
+                obtained = await self._obtain(identity, share)
+            await self._apply(claimed.epoch, obtained)
+        return None
+
+    def _hold(self, host: str, slot: AsyncExitStack) -> None:
+        self._tools.hosts.take(host)
+        self._held = host
+        slot.callback(self._unhold)
+
+    def _unhold(self) -> None:
+        host, self._held = self._held, ""
+        if host:
+            self._tools.hosts.release(host)
+
+    def _origins(self, identity: Identity) -> list[str]:
+        """Where the repository is asked for, in order. The PDS has the last word."""
+        relay = self._tools.relay
+        if not relay:
+            return [identity.pds]
+        relay_first = self._tools.settings.backfill.source == "relay"
+        return [relay, identity.pds] if relay_first else [identity.pds, relay]
+
+    async def _obtain(self, identity: Identity, share: Share) -> Obtained:
+        """A verified repository; once more under a fresh identity where a stale one may be at fault."""
+        try:
+            return await self._obtain_from_any(identity, share)
+        except IndexerError as error:
+            if not wants_fresh_identity(error):
+                raise
+            fresh = await self._tools.resolver.resolve(self._did, refresh=True)
+            if (fresh.signing_key, fresh.pds) == (identity.signing_key, identity.pds):
+                raise
+        return await self._obtain_from_any(fresh, share)
+
+    async def _obtain_from_any(self, identity: Identity, share: Share) -> Obtained:
+        first, *others = self._origins(identity)
+        try:
+            return await self._obtain_from(first, identity, share)
+        except IndexerError as error:
+            if not others or (first == identity.pds and not worth_another_host(error)):
+                raise
+            refusal = error
+        try:
+            return await self._obtain_from(others[0], identity, share)
+        except IndexerError as error:
+            raise (refusal if first == identity.pds else error) from error
+
+    async def _obtain_from(self, origin: str, identity: Identity, share: Share) -> Obtained:
+        tools, limits = self._tools, self._tools.settings.backfill
+        share.shrink()
+        fetched = await self._fetch(origin, share)
+        tools.stats.fetched(fetched.size)
+        verified = await tools.pool.run(
+            verify_car,
+            self._car,
+            Spool.index_path(self._car),
+            self._did,
+            identity.signing_key,
+            limits.max_nodes,
+        )
+        newest = time.time() + tools.settings.ingest.max_future
+        if tid_micros(verified.rev) > newest * 1e6:
+            raise CommitError(f"rev {verified.rev} lies in the future", reason="future_rev")
+        return Obtained(verified, identity, self._check_rev(verified))
+
+    def _check_rev(self, verified: Verified) -> str:
+        """The mark of a repository below `min_rev` that is taken all the same, "" for a newer one."""
+        row = self._tools.db.repo(self._did)
+        if row is None or verified.rev >= max(row.min_rev, row.rev):
+            return ""
+        message = f"rev {verified.rev} is older than {max(row.min_rev, row.rev)}"
+        if not accepts_old(row, verified.rev, self._tools.settings.backfill.min_rev_tries):
+            raise FetchTransient(message, reason=BELOW_MIN_REV)
+        return f"accepted_{BELOW_MIN_REV}: {message}"
+
+    async def _fetch(self, origin: str, share: Share) -> Fetched:
+        hosts, host = self._tools.hosts, host_of(origin)
+        if host == self._held:
+            self._held = ""  # its slot is given back below, before the CAR is verified
+        elif hosts.free(host):
+            hosts.take(host)
+        else:
+            raise FetchTransient(f"{host} is busy", reason="host_busy")
+        try:
+            fetched = await fetch_repo(
+                self._tools.http, origin, self._did, self._car, share, self._tools.settings.backfill
+            )
+        except IndexerError as error:
+            self._blame(host, error)
+            raise
+        finally:
+            hosts.release(host)
+        hosts.success(host, pause=fetched.pause)
+        return fetched
+
+    def _blame(self, host: str, error: IndexerError) -> None:
+        failure = judge(error)
+        if not failure.of_host:
+            self._tools.hosts.success(host)
+            return
+        self._tools.hosts.fault(
+            host, jitter=self._tools.jitter(), retry_after=failure.retry_after, limited=failure.rate_limited
+        )
+
+    async def _apply(self, epoch: int, obtained: Obtained) -> None:
+        tools, verified = self._tools, obtained.verified
+        plan = Plan(
+            self._did, epoch, verified, self._car, Spool.index_path(self._car), tools.wants(),
+            obtained.identity, obtained.mark,
+        )  # fmt: skip
+        applied = await apply_repo(tools.db, tools.writer, plan, tools.settings.backfill.chunk_records)
+        if applied.row is None:
+            log.info("backfill_obsolete", did=self._did, changes=applied.changes)
+            return
+        tools.stats.applied(verified.records, applied.changes)
+        if applied.row.work & Work.DRAIN and applied.row.state is SyncState.BACKFILLING:
+            await self._drain()
+
+    async def _drain(self) -> None:
+        """Replays the frames that waited; a repository that is not synced after it tries again later."""
+        await self._tools.drain(self._did)
+        row = self._tools.db.repo(self._did)
+        if row is not None and row.state is SyncState.BACKFILLING and row.work & Work.DRAIN:
+            raise FetchTransient("waiting frames could not be replayed yet", reason=DRAIN)
+
+    async def _fail(self, error: IndexerError) -> None:
+        tools = self._tools
+        failure = judge(error)
+        tools.stats.failed[f"{failure.outcome}/{failure.reason}"] += 1
+        log.info("backfill_failed", did=self._did, reason=failure.reason, message=failure.message)
+        unit = FailUnit(self._did, self._epoch, failure, tools.settings.backfill, tools.jitter())
+        await tools.writer.run("backfill_fail", unit)

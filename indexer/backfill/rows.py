@@ -1,0 +1,140 @@
+"""What the backfill does to repository rows: request, postpone, claim, fail.
+
+Each is one step on the writer, a value that is called with the transaction. Decisions on rows and
+errors are `outcome`'s; how words become an account's status is `indexer.ingest.account`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from indexer.atproto.types import Did, Micros
+from indexer.backfill.outcome import Failure, failed
+from indexer.backfill.queue import CLAIMED_DUE, explicit_due
+from indexer.config import BackfillSettings
+from indexer.identity.resolver import Identity
+from indexer.ingest.account import CHECKED, effective, with_status
+from indexer.ingest.apply import with_identity
+from indexer.store.codecs import NEW_REPO, AccountStatus, AccountWord, RepoRow, SyncState
+from indexer.store.transaction import Transaction
+
+FETCHABLE = (SyncState.PENDING, SyncState.BACKFILLING, SyncState.DESYNCHRONIZED)
+
+
+def is_waiting(row: RepoRow | None) -> bool:
+    """Whether a repository is followed and waits for a fetch."""
+    return row is not None and row.tracked and row.due > 0 and row.state in FETCHABLE
+
+
+def claimed(tx: Transaction, did: Did, epoch: int) -> RepoRow | None:
+    """The row, when the repository is still the one that a job claimed under ``epoch``."""
+    row = tx.repo(did)
+    if row is None or row.epoch != epoch or row.state is not SyncState.BACKFILLING or not row.tracked:
+        return None
+    return row
+
+
+@dataclass(frozen=True, slots=True)
+class RequestUnit:
+    """Repositories that somebody asked for are followed and come first; gives those acted on.
+
+    One that is complete already, or being worked on, stays as it is unless ``again``.
+    """
+
+    dids: Sequence[Did]
+    busy: frozenset[Did]
+    ephemeral: bool
+    again: bool
+
+    def __call__(self, tx: Transaction) -> list[Did]:
+        acted = []
+        due = explicit_due(tx.now_us)
+        for did in dict.fromkeys(self.dids):
+            row = tx.repo(did)
+            asked = self._asked(row or NEW_REPO, did, due)
+            if asked != row:
+                tx.set_repo(did, asked)
+                acted.append(did)
+        return acted
+
+    def _asked(self, row: RepoRow, did: Did, due: Micros) -> RepoRow:
+        followed = row._replace(tracked=True)
+        if self.ephemeral or did in self.busy:
+            return followed
+        if row.tracked and row.state is SyncState.SYNCED and not self.again:
+            return followed
+        state = SyncState.DESYNCHRONIZED if row.rev else SyncState.PENDING
+        return followed._replace(state=state, due=due, attempt=0, error="")
+
+
+@dataclass(frozen=True, slots=True)
+class PostponeUnit:
+    """Repositories of a host that is to be left alone until ``due``."""
+
+    dids: Sequence[Did]
+    due: Micros
+
+    def __call__(self, tx: Transaction) -> None:
+        for did in self.dids:
+            row = tx.repo(did)
+            if row is not None and is_waiting(row) and row.due < self.due:
+                tx.set_repo(did, row._replace(due=self.due))
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimUnit:
+    """The repository becomes backfilling, so that its frames are buffered; None when it does not wait.
+
+    It is then `CLAIMED_DUE`: should the process die, it stands in front of the queue.
+    """
+
+    did: Did
+    identity: Identity
+
+    def __call__(self, tx: Transaction) -> RepoRow | None:
+        row = tx.repo(self.did)
+        if row is None or not is_waiting(row):
+            return None
+        row = with_identity(tx, self.did, row, self.identity)
+        row = row._replace(state=SyncState.BACKFILLING, due=CLAIMED_DUE)
+        tx.set_repo(self.did, row)
+        return row
+
+
+@dataclass(frozen=True, slots=True)
+class FailUnit:
+    """What a failure leaves: the reason, the time of the next try, the account's status where it is one.
+
+    ``epoch`` is None for a job that failed before its claim.
+    """
+
+    did: Did
+    epoch: int | None
+    failure: Failure
+    settings: BackfillSettings
+    jitter: float
+
+    def __call__(self, tx: Transaction) -> None:
+        row = tx.repo(self.did)
+        if row is None or not is_waiting(row) or self.epoch not in (None, row.epoch):
+            return
+        tx.add_count(f"backfill/{self.failure.outcome}/{self.failure.reason}", 1)
+        if self.failure.status is not None:
+            row = with_word(tx, self.did, row, self.failure.status)
+        tx.set_repo(self.did, failed(row, self.failure, tx.now_us, self.settings, self.jitter))
+
+
+def with_word(tx: Transaction, did: Did, row: RepoRow, status: AccountStatus) -> RepoRow:
+    """The row after its PDS itself told the account's status; the log hears of a change.
+
+    Kept as the word of a check, so that later words of upstreams are weighed against it.
+    """
+    word = AccountWord(CHECKED, status, status.active, 0, tx.now_us)
+    tx.set_account_word(did, *word)
+    words = [other for other in tx.account_words(did) if other.source != CHECKED]
+    now = effective([*words, word], row.pds)
+    if now is row.status:
+        return row
+    tx.append_event("account", did, fields={"active": now.active, "status": now.label})
+    return with_status(row, now, tx.now_us, ephemeral=False)

@@ -1,0 +1,248 @@
+"""The backfill as a whole: takes due repositories from the queue and runs a job for each.
+
+Owns the workers, the refilling of the window of due repositories, the pauses (host left alone, disk
+nearly full) and the way in for explicit requests. The queue itself is durable (`queue`), so stopping or
+dying at any moment loses nothing. One task plus one for each job, all on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import structlog
+
+from indexer.atproto.types import Did, Micros
+from indexer.backfill.budget import ByteBudget
+from indexer.backfill.diff import WantsCollection
+from indexer.backfill.fetch import Spool
+from indexer.backfill.hosts import Hosts, host_of
+from indexer.backfill.job import Job, Tools
+from indexer.backfill.queue import Entry, ReadPosition, ReadyQueue
+from indexer.backfill.rows import PostponeUnit, RequestUnit, is_waiting
+from indexer.backfill.stats import Stats
+from indexer.config import Settings
+from indexer.identity.http import HttpClient
+from indexer.identity.resolver import Resolver
+from indexer.ingest.account import PDS_PREFIX
+from indexer.ingest.filters import Filters
+from indexer.pool import Pool
+from indexer.store.codecs import RepoRow, encode_due
+from indexer.store.database import Database
+from indexer.store.keyspaces import PENDING, REPOS
+from indexer.store.writer import Writer, clock_us
+
+log = structlog.get_logger()
+
+#: Due repositories kept in memory, and rows of the queue read at once.
+WINDOW = 2000
+PAGE = 250
+#: Rows that become due without our being told are found after this long.
+POLL_S = 0.5
+OVERLAP_US: Micros = 60_000_000
+REWIND_US: Micros = 60_000_000
+#: Requests and postponements written in one unit.
+STEP = 500
+#: Hosts that are to be left alone for longer than this have their repositories put off in the queue.
+POSTPONE_S = 5.0
+
+
+class Backfill:
+    """Fetches what is due. ``drain(did)`` replays a repository's waiting frames and may make it synced."""
+
+    def __init__(
+        self,
+        db: Database,
+        writer: Writer,
+        pool: Pool,
+        resolver: Resolver,
+        http: HttpClient,
+        settings: Settings,
+        *,
+        drain: Callable[[Did], Awaitable[object]],
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        limits = settings.backfill
+        self._db = db
+        self._writer = writer
+        self._settings = settings
+        self._hosts = Hosts(limits.per_host, limits.retry_min, limits.retry_max, time.monotonic)
+        self._stats = Stats(time.monotonic)
+        self._budget = ByteBudget(limits.inflight_mib << 20)
+        self._spool = Spool(settings.data_dir / "spool")
+        self._tools = Tools(
+            db, writer, pool, resolver, http, settings, self._hosts, self._budget, self._spool, self._stats,
+            relay_origin(settings.upstreams), drain, self._wanted_collections, jitter,
+        )  # fmt: skip
+        self._resolver = resolver
+        self._ready = ReadyQueue(WINDOW)
+        self._position = ReadPosition(overlap_us=OVERLAP_US, rewind_us=REWIND_US)
+        self._jobs: dict[Did, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._stopping = False
+        self._paused = ""
+
+    # ---- the way in
+
+    async def add(self, dids: Sequence[Did], /, *, again: bool = False) -> list[Did]:
+        """Follows ``dids`` and fetches them before everything else; gives those for which that changed
+        something. Synced ones are left alone unless ``again``."""
+        acted: list[Did] = []
+        for start in range(0, len(dids), STEP):
+            unit = RequestUnit(
+                dids[start : start + STEP], frozenset(self._jobs), self._settings.ephemeral.enabled, again
+            )
+            acted += await self._writer.run("backfill_request", unit)
+        self.wake()
+        return acted
+
+    def wake(self) -> None:
+        """Something became due: the queue is read from its front, now."""
+        self._position.rewind()
+        self._wake.set()
+
+    # ---- life
+
+    async def run(self) -> None:
+        """Works until `stop`; raises what is wrong with our own state."""
+        self._spool.prepare()
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                if not self._settings.ephemeral.enabled:
+                    await self._dispatch()
+                if self._failure is not None:
+                    raise self._failure
+                await self._sleep()
+        finally:
+            await self._cancel_jobs()
+
+    async def stop(self) -> None:
+        """Ends `run` and cuts off what is under way; it begins again with the next start."""
+        self._stopping = True
+        self._wake.set()
+        await self._cancel_jobs()
+
+    async def _sleep(self) -> None:
+        try:
+            async with asyncio.timeout(POLL_S):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _cancel_jobs(self) -> None:
+        jobs = list(self._jobs.values())
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+
+    # ---- from the queue to the workers
+
+    async def _dispatch(self) -> None:
+        """Starts jobs while there are free workers and due repositories."""
+        if not self._has_space():
+            return
+        await self._postpone()
+        if self._ready.room >= PAGE or not len(self._ready):
+            self._refill()
+        while len(self._jobs) < self._settings.backfill.concurrency and not self._stopping:
+            entry = self._ready.pop(self._hosts.free)
+            if entry is None:
+                return
+            self._start(entry)
+
+    def _refill(self) -> None:
+        """Reads on in the queue until the window is full or everything due is in it."""
+        now = clock_us()
+        stop = encode_due((now + 1, ""))
+        while self._ready.room >= PAGE:
+            start = encode_due(self._position.start(now))
+            keys = [key for key, _ in self._db.scan(PENDING, start, stop, limit=PAGE)]
+            unknown = [key for key in keys if key[1] not in self._jobs and key[1] not in self._ready]
+            rows = self._db.multi_get(REPOS, [did for _, did in unknown])
+            for (due, did), row in zip(unknown, rows, strict=True):
+                if row is not None and is_waiting(row):
+                    self._ready.add(Entry(due, did, self._host_hint(did, row)))
+            if len(keys) < PAGE:
+                self._position.pass_end(now)
+                return
+            self._position.page_end(keys[-1])
+
+    def _host_hint(self, did: Did, row: RepoRow) -> str:
+        """The host that a job will ask first, as far as that is known without asking anybody."""
+        if self._tools.relay and self._settings.backfill.source == "relay":
+            return host_of(self._tools.relay)
+        identity = self._resolver.cached(did)
+        return host_of(identity.pds if identity is not None else row.pds)
+
+    async def _postpone(self) -> None:
+        """Puts off the repositories of hosts that are left alone, so that they do not fill the window."""
+        for host in self._ready.hosts():
+            wait = self._hosts.penalty_s(host)
+            if wait > POSTPONE_S and (entries := self._ready.pop_host(host, STEP)):
+                due = clock_us() + int(wait * 1e6)
+                unit = PostponeUnit([entry.did for entry in entries], due)
+                await self._writer.run("backfill_postpone", unit)
+
+    def _start(self, entry: Entry) -> None:
+        task = asyncio.create_task(self._work(entry), name=f"backfill {entry.did}")
+        self._jobs[entry.did] = task
+        task.add_done_callback(lambda _: self._ended(entry.did))
+
+    def _ended(self, did: Did) -> None:
+        self._jobs.pop(did, None)
+        self._wake.set()
+
+    async def _work(self, entry: Entry) -> None:
+        try:
+            busy = await Job(self._tools, entry.did).run()
+        except Exception as error:  # our own state: `run` raises it and the daemon goes down
+            self._failure = error
+            return
+        if busy is not None:
+            self._ready.add(entry._replace(host=busy))
+
+    def _has_space(self) -> bool:
+        """Whether the disk has room above the soft floor."""
+        free = shutil.disk_usage(self._db.path).free
+        low = free < self._settings.disk.soft_floor_mib << 20
+        if low and not self._paused:
+            log.warning("backfill_paused", free_mib=free >> 20, floor_mib=self._settings.disk.soft_floor_mib)
+        self._paused = "disk" if low else ""
+        return not low
+
+    def _wanted_collections(self) -> WantsCollection | None:
+        filters = Filters.of(self._settings.filter).with_rows(self._db.filters())
+        return filters.wants_collection if filters.collections else None
+
+    # ---- what is told
+
+    def status(self) -> dict[str, Any]:
+        """Figures for `/stats`; the length of the queue is the store's to tell."""
+        stats = self._stats
+        return {
+            "ready": len(self._ready),
+            "in_flight": len(self._jobs),
+            "in_flight_bytes": self._budget.used,
+            "done": stats.done,
+            "failed": dict(stats.failed),
+            "records": stats.records,
+            "changes": stats.changes,
+            "records_per_s": round(stats.records_per_s(), 1),
+            "bytes": stats.bytes,
+            "hosts": self._hosts.status(),
+            "paused": self._paused,
+        }
+
+
+def relay_origin(upstreams: Sequence[str]) -> str:
+    """The HTTP origin of the first upstream that is a relay, "" when there is none."""
+    for url in upstreams:
+        if not url.startswith(PDS_PREFIX):
+            return url.replace("ws", "http", 1).rstrip("/") if url.startswith("ws") else url.rstrip("/")
+    return ""
