@@ -18,7 +18,6 @@ from indexer.errors import SyntaxInvalid
 MAX_DID = 2048
 MAX_HANDLE = 253
 MAX_NSID = 317
-MAX_NSID_AUTHORITY = 253
 MAX_RKEY = 512
 MAX_URI = 8192
 
@@ -79,7 +78,7 @@ def is_handle(text: str) -> bool:
 
 
 def is_nsid(text: str) -> bool:
-    return _nsid(text) is not None and len(text) <= MAX_NSID and text.rindex(".") <= MAX_NSID_AUTHORITY
+    return _nsid(text) is not None and len(text) <= MAX_NSID
 
 
 def is_rkey(text: str) -> bool:
