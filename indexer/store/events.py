@@ -85,7 +85,8 @@ class EventLog:
         if not self._db.mode.blocks:
             return [None] * len(events)
         wanted = [(event.did, event.cid) for event in events if event.cid is not None]
-        found = iter(self._db.multi_get(BLOCKS, wanted))
+        rows = self._db.multi_get(BLOCKS, wanted)
+        found = iter(rows)
         blocks = [None if event.cid is None else next(found) for event in events]
         for event, block in zip(events, blocks, strict=True):
             if block is None and event.cid is not None and self._demands(event):

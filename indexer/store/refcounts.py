@@ -1,81 +1,141 @@
-"""References to blocks: the part of the counts that is not folded yet, and the fold.
+"""The checkpoint: the reference log folded into `block_refs`, in atomic, resumable steps.
 
-A block's count is its `block_refs` row plus what `References` holds in memory (the log rows after
-the checkpoint) plus the running group's own changes. The `CheckpointWorker` folds the log into the
-rows in atomic, resumable steps. On the writer's loop.
+A step reads a range of the log, sums it, and writes the new counts, the zeros' queue entries, the
+truncation and the new position in one batch. Only steps and wipes change `block_refs`; a step leaves
+out lives that ended since it read. On the writer's loop.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
 
 from indexer.atproto.types import Cid, Did
-from indexer.errors import StoreCorrupt
+from indexer.config import Settings
 from indexer.store.codecs import encode_u64
 from indexer.store.database import Database
-from indexer.store.keyspaces import CHECKPOINT, REFLOG
-from indexer.store.wipes import Wipes
+from indexer.store.keyspaces import BLOCK_REFS, CHECKPOINT, GC_QUEUE, REFLOG
+from indexer.store.references import Life
+from indexer.store.transaction import Transaction
+from indexer.store.worker import Worker
+from indexer.store.writer import Writer
 
-Life = tuple[Did, int]  # a repository's DID and epoch
+
+class FoldPlan(NamedTuple):
+    """A range of log rows, summed."""
+
+    position: int  # the first row
+    stop: int  # the row after the last
+    changes: int
+    sums: dict[Life, dict[Cid, int]]
 
 
-class References:
-    """The reference changes after the checkpoint, summed by life and CID; bounded by the fold's trigger."""
+class CheckpointReport(NamedTuple):
+    position: int  # the first row that is not folded now
+    rows: int
+    changes: int
+    zeroed: int  # blocks queued for collection
+    steps: int
 
-    __slots__ = ("next_row", "overlay", "position", "ready", "unfolded")
 
-    def __init__(self) -> None:
-        self.overlay: dict[Life, dict[Cid, int]] = {}
-        self.position = 0  # the first row of the log that is not folded
-        self.next_row = 0
-        self.unfolded = 0  # changes in the rows not folded
-        self.ready = False  # the overlay is whole: counts may be believed
+class CheckpointWorker(Worker):
+    """Folds the reference log into `block_refs`, step by step."""
 
-    def load(self, db: Database, wipes: Wipes) -> None:
-        """Rebuild the overlay from the log. Raises `StoreCorrupt` for a malformed position."""
-        position = db.cursor(CHECKPOINT) or 0
-        if position < 0:
-            raise StoreCorrupt(f"cursors: row {CHECKPOINT!r} holds {position}, no row of the log")
-        self.position = self.next_row = position
-        for row, changes in db.scan(REFLOG, encode_u64(position)):
-            self.next_row = row + 1
-            self.unfolded += len(changes)
-            for did, epoch, cid, delta in changes:
-                if not wipes.stale(did, epoch):
-                    self._add(self.overlay.setdefault((did, epoch), {}), cid, delta)
-        self.ready = True
+    name = "checkpoint"
 
-    def pending(self, did: Did, epoch: int, cid: Cid) -> int:
-        cids = self.overlay.get((did, epoch))
-        return 0 if cids is None else cids.get(cid, 0)
+    def __init__(self, db: Database, writer: Writer, settings: Settings) -> None:
+        super().__init__(db, writer, settings)
+        self.last: CheckpointReport | None = None
+        self._totals = [0, 0, 0]
 
-    def merge(self, changes: Mapping[Life, Mapping[Cid, int]]) -> None:
-        """Take in the changes of a commit, which wrote them as the row ``next_row``."""
-        for life, cids in changes.items():
-            mine = self.overlay.setdefault(life, {})
-            for cid, delta in cids.items():
-                self._add(mine, cid, delta)
-            self.unfolded += len(cids)
-        self.next_row += 1
+    @property
+    def interval(self) -> float:
+        return self._settings.checkpoint_interval
 
-    def settle(self, life: Life, cid: Cid, delta: int) -> None:
-        """A fold has moved ``delta`` into the rows."""
-        cids = self.overlay.get(life)
-        if cids is not None:
-            self._add(cids, cid, -delta)
-            if not cids:
-                del self.overlay[life]
+    def due_early(self) -> bool:
+        return self._writer.state.refs.unfolded >= self._settings.checkpoint_rows
 
-    def drop(self, did: Did, before: int) -> None:
-        """Forget the lives of a repository that ended."""
-        for epoch in range(before - 1, -1, -1):
-            if self.overlay.pop((did, epoch), None) is None:
-                return
+    @property
+    def stats(self) -> dict[str, int]:
+        refs = self._writer.state.refs
+        rows, changes, zeroed = self._totals
+        return {
+            "passes": self.passes,
+            "failures": self.failures,
+            "position": refs.position,
+            "unfolded": refs.unfolded,
+            "rows": rows,
+            "changes": changes,
+            "zeroed": zeroed,
+        }
 
-    @staticmethod
-    def _add(cids: dict[Cid, int], cid: Cid, delta: int) -> None:
-        total = cids.get(cid, 0) + delta
-        if total:
-            cids[cid] = total
-        else:
-            cids.pop(cid, None)
+    async def run_once(self) -> CheckpointReport:
+        """Fold everything that is in the log now."""
+        async with self._turn:
+            refs = self._writer.state.refs
+            target = refs.next_row
+            start, changes, zeroed, steps = refs.position, 0, 0, 0
+            while refs.position < target:
+                started = time.perf_counter()
+                plan = self._plan(target)
+                counts = self._counts(plan)
+                zeroed += await self._writer.run(self.name, partial(fold, plan, counts))
+                changes += plan.changes
+                steps += 1
+                await self._pace.rest(time.perf_counter() - started, plan.changes)
+            report = CheckpointReport(refs.position, refs.position - start, changes, zeroed, steps)
+            if report.rows:
+                await self._writer.run(self.name, lambda tx: tx.add_count("gc/checkpoints", 1))
+            self._totals = [a + b for a, b in zip(self._totals, report[1:4], strict=True)]
+            self.last = report
+            self.passes += 1
+            return report
+
+    def _plan(self, target: int) -> FoldPlan:
+        """Read rows from the position on, up to a step's worth of changes."""
+        position = self._writer.state.refs.position
+        sums: dict[Life, dict[Cid, int]] = {}
+        changes, stop = 0, position
+        for row, entries in self._db.scan(REFLOG, encode_u64(position), encode_u64(target)):
+            for did, epoch, cid, delta in entries:
+                cids = sums.setdefault((did, epoch), {})
+                cids[cid] = cids.get(cid, 0) + delta
+            changes += len(entries)
+            stop = row + 1
+            if changes >= self._pace.rows:
+                return FoldPlan(position, stop, changes, sums)
+        return FoldPlan(position, target, changes, sums)
+
+    def _counts(self, plan: FoldPlan) -> dict[tuple[Did, Cid], int]:
+        """The stored counts; only folds and wipes change them, and a wipe is noticed by its epoch."""
+        keys = [(did, cid) for (did, _), cids in plan.sums.items() for cid in cids]
+        counts = self._db.multi_get(BLOCK_REFS, keys)
+        return {key: count or 0 for key, count in zip(keys, counts, strict=True)}
+
+
+def fold(plan: FoldPlan, counts: Mapping[tuple[Did, Cid], int], tx: Transaction) -> int:
+    """Write the new counts, queue the zeros, truncate the log, move the position; returns the zeros."""
+    zeroed = 0
+    for life, cids in plan.sums.items():
+        did, epoch = life
+        if tx.stale(did, epoch):
+            continue
+        for cid, delta in cids.items():
+            key = (did, cid)
+            old = counts[key]
+            if old + delta:
+                if delta:
+                    tx.put(BLOCK_REFS, key, old + delta)
+            else:
+                if old:
+                    tx.delete(BLOCK_REFS, key)
+                tx.put(GC_QUEUE, key, None)
+                zeroed += 1
+            tx.settle(life, cid, delta)
+    for row in range(plan.position, plan.stop):
+        tx.delete(REFLOG, row)
+    tx.settle_changes(plan.changes)
+    tx.set_cursor(CHECKPOINT, plan.stop)
+    return zeroed

@@ -15,7 +15,7 @@ from indexer.store import keyspaces
 from indexer.store.codecs import after_prefix, decode_event
 from indexer.store.database import Database
 from indexer.store.keyspaces import CURSORS, EVENTS
-from indexer.store.refcounts import References
+from indexer.store.references import References
 from indexer.store.wipes import Wipes
 
 RESERVE_IDS: Final = 2**20

@@ -52,6 +52,7 @@ from indexer.store.keyspaces import (
     RESYNC_BUFFER,
 )
 from indexer.store.overlay import MISSING, Overlay
+from indexer.store.references import Life
 from indexer.store.state import State
 from indexer.store.wipes import Wipe
 
@@ -77,14 +78,13 @@ class Savepoint(NamedTuple):
     ops: int
     size: int
     ranges: int
-    settled: int
 
 
 class Transaction(Overlay):
     """What one function on the writer may do. Do not keep it."""
 
     __slots__ = (
-        "_block_rows", "_clock", "_cursors", "_deltas", "_did_counts", "_ephemeral", "_events",
+        "_block_rows", "_clock", "_cursors", "_deltas", "_did_counts", "_ephemeral", "_events", "_folded",
         "_keep_blocks", "_last_time", "_limits", "_record_rows", "_refs", "_repo_cache", "_repos",
         "_settled", "_state", "_wipes",
     )  # fmt: skip
@@ -103,8 +103,9 @@ class Transaction(Overlay):
         self._cursors: dict[str, Any] = {}
         self._deltas: dict[str, int] = {}
         self._did_counts: dict[tuple[Did, Nsid], int] = {}
-        self._refs: dict[tuple[Did, int], dict[Cid, int]] = {}
-        self._settled: list[tuple[tuple[Did, int], Cid, int]] = []
+        self._refs: dict[Life, dict[Cid, int]] = {}
+        self._settled: dict[Life, dict[Cid, int]] = {}
+        self._folded: dict[str, int] = {}
         self._wipes: dict[Did, Wipe | None] = {}
         self._events: list[bytes] = []
         self._last_time = state.last_time
@@ -164,10 +165,26 @@ class Transaction(Overlay):
     def block_count(self, did: Did, cid: Cid) -> int:
         """How many references hold a block of the current life."""
         epoch = self._epoch(did)
-        mine = self._refs.get((did, epoch))
-        pending = self._state.refs.pending(did, epoch, cid)
-        stored = self.get(keyspaces.BLOCK_REFS, (did, cid)) or 0
-        return stored + pending + (mine.get(cid, 0) if mine else 0)
+        life = (did, epoch)
+        count = (self.get(keyspaces.BLOCK_REFS, (did, cid)) or 0) + self._state.refs.pending(did, epoch, cid)
+        if life in self._refs:
+            count += self._refs[life].get(cid, 0)
+        if life in self._settled:  # folded by this very group: in the row and still in memory
+            count -= self._settled[life].get(cid, 0)
+        return count
+
+    @property
+    def counts_ready(self) -> bool:
+        """Whether `block_count` knows every reference."""
+        return self._state.refs.ready
+
+    @property
+    def keeps_blocks(self) -> bool:
+        return self._keep_blocks
+
+    def wiped_here(self, did: Did) -> bool:
+        """Whether the running group wiped the repository."""
+        return self._wipes.get(did) is not None
 
     def stale(self, did: Did, epoch: int) -> bool:
         """Whether ``epoch`` of the repository is a life that ended, here or before."""
@@ -379,7 +396,7 @@ class Transaction(Overlay):
             tracked=False, state=SyncState.PENDING, status=status, epoch=row.epoch + 1, complete=False,
             rev="", min_rev="", commit=b"", data=b"", due=0, work=0, error="", attempt=0,
         )  # fmt: skip
-        wipe = Wipe(fresh.epoch, self.next_event, self._state.refs.next_row, ranged)
+        wipe = Wipe(fresh.epoch, self.next_event, self._state.refs.next_row, ranged, self._clock())
         self.write(self._wipes, did, wipe)
         self.set_cursor(keyspaces.WIPE + did, list(wipe))
         self._write_repo(did, old, fresh)
@@ -496,9 +513,16 @@ class Transaction(Overlay):
     def drop_filter(self, kind: str, item: str) -> None:
         self.delete(FILTER, (kind, item))
 
-    def settle(self, life: tuple[Did, int], cid: Cid, delta: int) -> None:
+    def settle(self, life: Life, cid: Cid, delta: int) -> None:
         """A fold moves ``delta`` from the log into the rows with this group."""
-        self._settled.append((life, cid, delta))
+        cids = self._settled.get(life)
+        if cids is None:
+            cids = self._settled[life] = {}
+        self.add(cids, cid, delta)
+
+    def settle_changes(self, changes: int) -> None:
+        """So many logged changes are folded with this group."""
+        self.write(self._folded, "changes", self._folded.get("changes", 0) + changes)
 
     # ---- the writer's side
 
@@ -509,16 +533,13 @@ class Transaction(Overlay):
 
     def savepoint(self) -> Savepoint:
         self._undo.clear()
-        return Savepoint(
-            len(self._events), self._last_time, self.ops, self.size, len(self._ranges), len(self._settled)
-        )
+        return Savepoint(len(self._events), self._last_time, self.ops, self.size, len(self._ranges))
 
     def undo(self, point: Savepoint) -> None:
         """Take back everything since the savepoint, event ids included."""
         self.undo_rows()
         del self._events[point.events :]
         del self._ranges[point.ranges :]
-        del self._settled[point.settled :]
         self._last_time, self.ops, self.size = point.last_time, point.ops, point.size
 
     def finish(self) -> bool:
@@ -569,8 +590,10 @@ class Transaction(Overlay):
         refs = {life: cids for life, cids in self._refs.items() if cids}
         if refs:
             state.refs.merge(refs)
-        for life, cid, delta in self._settled:
-            state.refs.settle(life, cid, delta)
+        for life, settled in self._settled.items():
+            for cid, delta in settled.items():
+                state.refs.settle(life, cid, delta)
+        state.refs.unfolded -= self._folded.get("changes", 0)
         for did, wipe in self._wipes.items():
             if wipe is None:
                 state.wipes.by_did.pop(did, None)
@@ -584,8 +607,9 @@ class Transaction(Overlay):
 
     def clear(self) -> None:
         super().clear()
-        for pending in (self._repos, self._cursors, self._deltas, self._did_counts, self._refs, self._wipes):
+        for pending in (self._repos, self._cursors, self._deltas, self._did_counts, self._wipes):
             pending.clear()
-        self._settled.clear()
+        for changes in (self._refs, self._settled, self._folded):
+            changes.clear()
         self._events.clear()
         self._last_time = self._state.last_time

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from indexer.atproto.types import Did, EventId
+from indexer.atproto.types import Did, EventId, Micros
 from indexer.errors import StoreCorrupt
 from indexer.store.codecs import after_prefix
 from indexer.store.database import Database
@@ -23,6 +23,7 @@ class Wipe(NamedTuple):
     head: EventId
     row: int
     ranged: bool  # content went by range deletes: compact the range
+    time: Micros
 
 
 class Wipes:

@@ -97,7 +97,7 @@ class Writer:
         boot: str | None = None,
         crash_point: Callable[[str], None] | None = None,
     ) -> None:
-        settings = settings or Settings()
+        settings = settings or Settings.model_validate({})  # the defaults, without the environment
         self.db = db
         self.state = State(db, boot)
         self._tx = Transaction(db, self.state, limits_of(settings), clock)

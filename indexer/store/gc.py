@@ -1,0 +1,167 @@
+"""Collection of blocks that nothing refers to.
+
+Goes through `gc_queue` in key order, in paced steps on the writer. A block is destroyed only when the
+counts are whole and its effective count is exactly zero in the very turn that deletes it. Space
+comes back when RocksDB compacts: the collectors see to it, and a range that was emptied beyond a
+threshold is compacted on request. On the writer's loop; compaction in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+from typing import Literal, NamedTuple
+
+import structlog
+
+from indexer.atproto.types import Cid, Did
+from indexer.config import Settings
+from indexer.store.codecs import decode_cid_key, encode_cid_key
+from indexer.store.database import Database
+from indexer.store.keyspaces import BLOCKS, GC_QUEUE
+from indexer.store.transaction import Transaction
+from indexer.store.worker import Worker
+from indexer.store.writer import Writer
+
+log = structlog.get_logger(__name__)
+
+
+def verdict(count: int, ready: bool) -> Literal["destroy", "keep", "fault", "wait"]:
+    """What to do with a queued block of that effective count.
+
+    ``wait``: counts are not whole yet; ``keep``: it is referred to again, the entry goes;
+    ``fault``: a negative count is our own mistake: block and entry stay, loudly.
+    """
+    if not ready:
+        return "wait"
+    if count == 0:
+        return "destroy"
+    return "keep" if count > 0 else "fault"
+
+
+class GcStep(NamedTuple):
+    looked: int
+    reclaimed: int
+    reclaimed_bytes: int
+    kept: int
+    faults: int
+
+
+class GcReport(NamedTuple):
+    """A pass: entries looked at, blocks destroyed and their bytes, blocks kept, negative counts."""
+
+    looked: int
+    reclaimed: int
+    reclaimed_bytes: int
+    kept: int
+    faults: int
+    compacted: bool
+
+
+class BlocksGcWorker(Worker):
+    """Destroys the queued blocks whose count is zero."""
+
+    name = "blocks_gc"
+
+    def __init__(self, db: Database, writer: Writer, settings: Settings) -> None:
+        super().__init__(db, writer, settings)
+        self.last: GcReport | None = None
+        self.reclaimed = 0
+        self.reclaimed_bytes = 0
+        self.compactions = 0
+        self._emptied = 0  # blocks destroyed since the last compaction, and their range
+        self._low: bytes | None = None
+        self._high = b""
+
+    @property
+    def interval(self) -> float:
+        return self._settings.blocks_interval
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Live and dead bytes are RocksDB's estimates for the files of `blocks`."""
+        family = self._db.stats()[BLOCKS.name]
+        return {
+            "passes": self.passes,
+            "failures": self.failures,
+            "live_bytes": family["live_bytes"],
+            "dead_bytes": max(0, family["sst_bytes"] - family["live_bytes"]),
+            "reclaimed": self.reclaimed,
+            "reclaimed_bytes": self.reclaimed_bytes,
+            "compactions": self.compactions,
+        }
+
+    async def run_once(self) -> GcReport:
+        """One walk through the queue."""
+        async with self._turn:
+            totals = GcStep(0, 0, 0, 0, 0)
+            position: bytes | None = b""
+            while position is not None and self._writer.state.refs.ready:
+                started = time.perf_counter()
+                keys, position = self._queued(position)
+                if keys:
+                    step = await self._writer.run(self.name, partial(collect, keys))
+                    totals = GcStep(*(a + b for a, b in zip(totals, step, strict=True)))
+                    self._note(keys, step)
+                    await self._pace.rest(time.perf_counter() - started, len(keys))
+            report = GcReport(*totals, compacted=await self._compact())
+            self.last = report
+            self.passes += 1
+            if report.faults:
+                log.error("negative_block_counts", blocks=report.faults, advice="run `indexer db check`")
+            return report
+
+    def _queued(self, position: bytes) -> tuple[list[tuple[Did, Cid]], bytes | None]:
+        """The next entries, and where to go on (None at the end)."""
+        rows = self._db.raw_scan(GC_QUEUE.name, position, None)
+        keys: list[tuple[Did, Cid]] = []
+        for raw, _ in rows:
+            keys.append(decode_cid_key(raw))
+            if len(keys) >= self._pace.rows:
+                return keys, raw + b"\0"
+        return keys, None
+
+    def _note(self, keys: list[tuple[Did, Cid]], step: GcStep) -> None:
+        self.reclaimed += step.reclaimed
+        self.reclaimed_bytes += step.reclaimed_bytes
+        if step.reclaimed:
+            self._emptied += step.reclaimed
+            low, high = encode_cid_key(keys[0]), encode_cid_key(keys[-1])
+            self._low = low if self._low is None else min(self._low, low)
+            self._high = max(self._high, high)
+
+    async def _compact(self) -> bool:
+        if self._emptied < self._settings.compact_after:
+            return False
+        low, high = self._low, self._high + b"\0"
+        self._emptied, self._low, self._high = 0, None, b""
+        await asyncio.to_thread(self._db.compact, BLOCKS, low, high)
+        self.compactions += 1
+        return True
+
+
+def collect(keys: list[tuple[Did, Cid]], tx: Transaction) -> GcStep:
+    """Judge queued blocks in the writer's turn; blocks and their entries go in one batch."""
+    reclaimed = size = kept = faults = 0
+    for key in keys:
+        if tx.raw(GC_QUEUE.name, encode_cid_key(key)) is None:
+            continue  # a wipe was faster
+        match verdict(tx.block_count(*key), tx.counts_ready):
+            case "destroy":
+                block = tx.get(BLOCKS, key)
+                if block is not None:
+                    tx.delete(BLOCKS, key)
+                    reclaimed += 1
+                    size += len(block)
+                tx.delete(GC_QUEUE, key)
+            case "keep":
+                tx.delete(GC_QUEUE, key)
+                kept += 1
+            case "fault":
+                faults += 1
+            case "wait":
+                pass
+    if reclaimed:
+        tx.add_count("gc/blocks_reclaimed", reclaimed)
+    return GcStep(len(keys), reclaimed, size, kept, faults)

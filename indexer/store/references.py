@@ -1,0 +1,82 @@
+"""The reference counts that are not folded yet, in memory.
+
+A block's count is its `block_refs` row plus what `References` holds (the log rows after the
+checkpoint) plus the running group's own changes. Rebuilt from the log at start, moved on by commits,
+settled by folds. On the writer's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from indexer.atproto.types import Cid, Did
+from indexer.errors import StoreCorrupt
+from indexer.store.codecs import encode_u64
+from indexer.store.database import Database
+from indexer.store.keyspaces import CHECKPOINT, REFLOG
+from indexer.store.wipes import Wipes
+
+Life: TypeAlias = tuple[Did, int]  # a repository's DID and epoch
+
+
+class References:
+    """The reference changes after the checkpoint, summed by life and CID; bounded by the fold's trigger."""
+
+    __slots__ = ("next_row", "overlay", "position", "ready", "unfolded")
+
+    def __init__(self) -> None:
+        self.overlay: dict[Life, dict[Cid, int]] = {}
+        self.position = 0  # the first row of the log that is not folded
+        self.next_row = 0
+        self.unfolded = 0  # changes in the rows not folded
+        self.ready = False  # the overlay is whole: counts may be believed
+
+    def load(self, db: Database, wipes: Wipes) -> None:
+        """Rebuild the overlay from the log. Raises `StoreCorrupt` for a malformed position."""
+        position = db.cursor(CHECKPOINT) or 0
+        if position < 0:
+            raise StoreCorrupt(f"cursors: row {CHECKPOINT!r} holds {position}, no row of the log")
+        self.position = self.next_row = position
+        for row, changes in db.scan(REFLOG, encode_u64(position)):
+            self.next_row = row + 1
+            self.unfolded += len(changes)
+            for did, epoch, cid, delta in changes:
+                if not wipes.stale(did, epoch):
+                    self._add(self.overlay.setdefault((did, epoch), {}), cid, delta)
+        self.ready = True
+
+    def pending(self, did: Did, epoch: int, cid: Cid) -> int:
+        cids = self.overlay.get((did, epoch))
+        return 0 if cids is None else cids.get(cid, 0)
+
+    def merge(self, changes: Mapping[Life, Mapping[Cid, int]]) -> None:
+        """Take in the changes of a commit, which wrote them as the row ``next_row``."""
+        for life, cids in changes.items():
+            mine = self.overlay.setdefault(life, {})
+            for cid, delta in cids.items():
+                self._add(mine, cid, delta)
+            self.unfolded += len(cids)
+        self.next_row += 1
+
+    def settle(self, life: Life, cid: Cid, delta: int) -> None:
+        """A fold has moved ``delta`` into the rows."""
+        cids = self.overlay.get(life)
+        if cids is not None:
+            self._add(cids, cid, -delta)
+            if not cids:
+                del self.overlay[life]
+
+    def drop(self, did: Did, before: int) -> None:
+        """Forget the lives of a repository that ended."""
+        for epoch in range(before - 1, -1, -1):
+            if self.overlay.pop((did, epoch), None) is None:
+                return
+
+    @staticmethod
+    def _add(cids: dict[Cid, int], cid: Cid, delta: int) -> None:
+        total = cids.get(cid, 0) + delta
+        if total:
+            cids[cid] = total
+        else:
+            cids.pop(cid, None)
