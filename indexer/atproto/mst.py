@@ -20,11 +20,11 @@ from indexer.atproto.node import (
     EMPTY_ROOT,
     MAX_NODE_BYTES,
     Node,
+    are_tree_keys,
     check_layer,
     common_prefix,
     describe,
     encode_node,
-    is_tree_key,
     key_layer,
     parse_node,
     shown,
@@ -84,7 +84,7 @@ def build(items: Iterable[tuple[Path, Cid]]) -> Tree:
         key = path.encode("ascii", "replace")
         if key <= last:
             raise MstError(f"key {shown(key)} does not come after {shown(last)}")
-        if not is_tree_key(key):
+        if not are_tree_keys([key]):
             raise MstError(f"{shown(key)} is not a key of the form collection/rkey")
         last = key
         layer = key_layer(key)

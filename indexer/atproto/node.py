@@ -30,13 +30,11 @@ EMPTY_ROOT: Final[Cid] = DAG_CBOR_PREFIX + sha256(EMPTY_NODE).digest()
 _LINK: Final = b"\xd8\x2a\x58\x25\x00"
 _NODE_LINK: Final = _LINK + DAG_CBOR_PREFIX
 _ENTRIES: Final = re.compile(
-    rb"\xa4ak([\x40-\x57]|\x58.|\x59..)([a-zA-Z0-9._~:/-]{1,830})ap([\x00-\x17]|\x18.|\x19..)at"
-    rb"(?:\xf6|\xd8\x2a\x58\x25\x00(\x01\x71\x12\x20.{32}))av\xd8\x2a\x58\x25\x00(\x01[\x71\x55]\x12\x20.{32})",
+    rb"(\xa4ak([\x40-\x57]|\x58.|\x59..)([a-zA-Z0-9._~:/-]{1,830})ap([\x00-\x17]|\x18.|\x19..)at"
+    rb"(?:\xf6|\xd8\x2a\x58\x25\x00(\x01\x71\x12\x20.{32}))av\xd8\x2a\x58\x25\x00(\x01[\x71\x55]\x12\x20.{32}))",
     re.DOTALL,
 ).findall
-# A key that begins or ends with its slash or has none: with as many slashes as keys, the only ways to be odd.
-_ODD_KEYS: Final = re.compile(rb"(?:^|\n)(?:/|[^/\n]*(?:\n|$))|/(?:\n|$)").search
-_ENTRY_BYTES: Final = 3 + 2 + 2 + 2 + len(_LINK) + CID_LENGTH  # all but heads, suffix, prefix and tree
+_KEY_CHARACTERS: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._~:-"
 
 
 def _head(major: int, number: int) -> bytes:
@@ -63,6 +61,14 @@ class Node(NamedTuple):
 
 def parse_node(block: bytes) -> Node:
     """The node in ``block``; `MstError` says which rule it breaks."""
+    node = split_node(block)
+    if not are_tree_keys(node.keys):
+        raise _fault(block)
+    return node
+
+
+def split_node(block: bytes) -> Node:
+    """`parse_node` without `are_tree_keys`, for callers who ask that once for many nodes."""
     found = _ENTRIES(block)
     count = len(found)
     if len(block) > MAX_NODE_BYTES or count > MAX_ENTRIES:
@@ -71,48 +77,49 @@ def parse_node(block: bytes) -> Node:
     values: list[Cid] = []
     kids: list[Cid | None] = [None]
     used = 0
-    last = b""
+    last = b"\0"  # below every key, so that the first entry needs no case of its own
     try:
-        for head, suffix, prefix, tree, value in found:
+        for entry, head, suffix, prefix, tree, value in found:
             shared = _SHARED[prefix]
-            if head != _SUFFIX_HEADS[len(suffix)]:
+            if _SUFFIX_HEADS[len(suffix)] != head:
                 raise _fault(block)
-            # Ascending keys and the longest possible prefix, in one comparison of a byte.
-            if shared < len(last):
+            try:
+                # Ascending keys and the longest possible prefix, in one comparison of a byte.
                 if suffix[0] <= last[shared]:
                     raise _fault(block)
-            elif shared > len(last):
-                raise _fault(block)
+            except IndexError:
+                if shared != len(last) or not keys:
+                    raise _fault(block) from None
             last = last[:shared] + suffix
             keys.append(last)
             values.append(value)
-            if tree:
-                kids.append(tree)
-                used += len(head) + len(suffix) + len(prefix) + 41
-            else:
-                kids.append(None)
-                used += len(head) + len(suffix) + len(prefix) + 1
+            kids.append(tree or None)
+            used += len(entry)
     except KeyError:
         raise _fault(block) from None
-    count_head = _COUNT_HEADS[count]
-    used += 3 + len(count_head) + count * _ENTRY_BYTES
-    rest = block[used:]
-    if not block.startswith(b"\xa2ae" + count_head):
-        raise _fault(block)
-    if rest != b"al\xf6":
-        if len(rest) != 43 or not rest.startswith(b"al" + _NODE_LINK):
-            raise _fault(block)
+    start = b"\xa2ae" + _COUNT_HEADS[count]
+    rest = block[used + len(start) :]
+    if rest == b"al\xf6" and block.startswith(start):
+        return Node(keys, values, kids)
+    if len(rest) == 43 and rest.startswith(b"al" + _NODE_LINK) and block.startswith(start):
         kids[0] = rest[7:]
-    if keys:
-        # One slash in every key, with something on both sides of it; the characters are checked already.
-        joined = b"\n".join(keys)
-        if (
-            joined.count(b"/") != count
-            or _ODD_KEYS(joined) is not None
-            or len(joined) > MAX_KEY_BYTES and max(map(len, keys)) > MAX_KEY_BYTES
-        ):
-            raise _fault(block)
-    return Node(keys, values, kids)
+        return Node(keys, values, kids)
+    raise _fault(block)
+
+
+def are_tree_keys(keys: Sequence[bytes]) -> bool:
+    """Whether all keys have the form of tree keys: two parts of the permitted characters, at most 830 bytes."""
+    if not keys:
+        return True
+    joined = b"\n".join(keys)
+    return (
+        joined.translate(None, _KEY_CHARACTERS) == b"/\n" * (len(keys) - 1) + b"/"
+        and b"\n/" not in joined
+        and b"/\n" not in joined
+        and joined[0] != 47
+        and joined[-1] != 47
+        and (len(joined) <= MAX_KEY_BYTES or max(map(len, keys)) <= MAX_KEY_BYTES)
+    )
 
 
 def encode_node(keys: Sequence[bytes], values: Sequence[Cid], kids: Sequence[Cid | None]) -> bytes:
@@ -214,7 +221,7 @@ def _entry_fault(entry: Any, last: bytes) -> tuple[str, bytes]:
     if not 0 <= shared <= len(last):
         return f"p is {shared}, but the key before has {len(last)} bytes", last
     key = last[:shared] + suffix
-    if not is_tree_key(key):
+    if not are_tree_keys([key]):
         return f"{shown(key)} is not a key of the form collection/rkey of at most {MAX_KEY_BYTES} bytes", key
     if key <= last:
         return f"key {shown(key)} does not come after {shown(last)}", key
@@ -226,14 +233,6 @@ def _entry_fault(entry: Any, last: bytes) -> tuple[str, bytes]:
     if type(value) is not bytes or len(value) != CID_LENGTH or value[:4] not in (DAG_CBOR_PREFIX, RAW_PREFIX):
         return "v is not a link to a DAG-CBOR or raw block with SHA-256", key
     return "", key
-
-
-_KEY: Final = re.compile(rb"[a-zA-Z0-9._~:-]+/[a-zA-Z0-9._~:-]+").fullmatch
-
-
-def is_tree_key(key: bytes) -> bool:
-    """Whether ``key`` has the form of a tree key: two parts of the permitted characters, at most 830 bytes."""
-    return len(key) <= MAX_KEY_BYTES and _KEY(key) is not None
 
 
 def _is_tree_link(value: object) -> bool:
