@@ -11,7 +11,6 @@ by field.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -20,24 +19,14 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import cbor2
 from libipld import decode_dag_cbor, decode_dag_cbor_multi, encode_dag_cbor
 
-from indexer.atproto.syntax import (
-    DATETIME_RE,
-    DID_RE,
-    MAX_DID,
-    RKEY_RE,
-    TID_RE,
-    is_datetime,
-    is_did,
-    is_nsid,
-    is_tid,
-)
+from indexer.atproto.frame_fields import DATA_PREFIX, MAX_SEQ, find_fault, is_seq, shown
+from indexer.atproto.syntax import DATETIME_RE, DID_RE, MAX_DID, RKEY_RE, TID_RE, is_datetime, is_did, is_nsid
 from indexer.atproto.types import Cid, Did, Path, Rev, Seq
 from indexer.errors import FrameError
 
 MAX_FRAME_BYTES = 5_000_000
 MAX_BLOCKS_BYTES = 2_000_000
 MAX_OPS = 200
-MAX_SEQ = 2**53 - 1
 
 
 class FrameOp(NamedTuple):
@@ -127,8 +116,7 @@ _ERROR_HEADER: bytes = encode_dag_cbor({"op": -1})
 _COMMIT_HEADER = _HEADERS["#commit"]
 _COMMIT_HEADER_LEN = len(_COMMIT_HEADER)
 
-_DATA_PREFIX = b"\x01\x71\x12\x20"  # CIDv1, dag-cbor, SHA-256
-_LINKS = (_DATA_PREFIX, b"\x01\x55\x12\x20")  # a record's may also be raw
+_LINKS = (DATA_PREFIX, b"\x01\x55\x12\x20")  # a record's may also be raw
 _new: Any = tuple.__new__  # a NamedTuple without its slower constructor
 # No identifier holds a space, so the joined text matches exactly when each part does.
 _commit_texts = re.compile(rf"{DID_RE} {TID_RE}(?: {TID_RE})? {DATETIME_RE}").fullmatch
@@ -163,7 +151,7 @@ def _decode_any(data: bytes) -> Frame:
         objects = decode_dag_cbor_multi(data)
         canonical = b"".join([encode_dag_cbor(item) for item in objects]) == data
         if not canonical:
-            objects = _decode_exactly(data)
+            objects = _decode_exactly(data, objects[0])
     except FrameError:
         raise
     except Exception as error:
@@ -188,20 +176,19 @@ class _ByteString(bytes):
     """A CBOR byte string, where plain ``bytes`` is a link."""
 
 
-def _decode_exactly(data: bytes) -> list[Any]:
-    """The frame's objects by the slow, exact way.
+def _decode_exactly(data: bytes, header: object) -> list[Any]:
+    """The frame's two objects by the slow, exact way.
 
     libipld cannot tell a byte string from a link, so a re-encoding that differs means either a frame
     that is not canonical (refused here) or a byte string that looks like a CID, which is legal in a
     field that we do not know and a wrong type where a link belongs.
     """
-    stream, objects = io.BytesIO(data), []
-    decoder = cbor2.CBORDecoder(stream)
-    while stream.tell() < len(data):
-        objects.append(decoder.decode())
-    if b"".join([cbor2.dumps(item, canonical=True) for item in objects]) != data:
-        raise FrameError("a frame is not canonical DAG-CBOR")
-    return [_links_as_bytes(item) for item in objects]
+    head = encode_dag_cbor(header)
+    body = data[len(head) :]
+    payload = cbor2.loads(body)
+    if not data.startswith(head) or cbor2.dumps(payload, canonical=True) != body:
+        raise FrameError("a frame is not two objects of canonical DAG-CBOR")
+    return [header, _links_as_bytes(payload)]
 
 
 def _links_as_bytes(value: Any) -> Any:
@@ -218,11 +205,18 @@ def _links_as_bytes(value: Any) -> Any:
 
 def _commit(payload: Payload) -> CommitFrame:
     """`CommitFrame` of a payload; what is wrong is looked up in the table only when something is."""
-    get: Callable[..., Any] = payload.get
-    seq, repo, rev, since, time = get("seq"), get("repo"), get("rev"), get("since", 0), get("time")
-    commit, blocks, ops, prev_data = get("commit"), get("blocks"), get("ops"), get("prevData")
-    too_big, rebase = get("tooBig"), get("rebase")
     try:
+        seq, repo, rev, since, time = (
+            payload["seq"],
+            payload["repo"],
+            payload["rev"],
+            payload["since"],
+            payload["time"],
+        )
+        commit, blocks, ops = payload["commit"], payload["blocks"], payload["ops"]
+        too_big, rebase, blobs = payload["tooBig"], payload["rebase"], payload["blobs"]
+        has_prev = "prevData" in payload
+        prev_data = payload["prevData"] if has_prev else None
         texts = " ".join((repo, rev, time)) if since is None else " ".join((repo, rev, since, time))
         wrong = (
             _commit_texts(texts) is None
@@ -232,22 +226,22 @@ def _commit(payload: Payload) -> CommitFrame:
             or not 0 < seq <= MAX_SEQ
             or type(commit) is not bytes
             or len(commit) != 36
-            or not commit.startswith(_DATA_PREFIX)
+            or not commit.startswith(DATA_PREFIX)
             or (
                 prev_data is not None
                 and (
                     type(prev_data) is not bytes
                     or len(prev_data) != 36
-                    or not prev_data.startswith(_DATA_PREFIX)
+                    or not prev_data.startswith(DATA_PREFIX)
                 )
             )
             or not isinstance(blocks, bytes)
             or type(ops) is not list
             or type(too_big) is not bool
             or type(rebase) is not bool
-            or type(get("blobs")) is not list
+            or type(blobs) is not list
         )
-    except TypeError:  # a text that is none
+    except (KeyError, TypeError):  # a field is absent, or a text is none
         wrong = True
     if wrong:
         _refuse_fields("#commit", payload)
@@ -255,8 +249,8 @@ def _commit(payload: Payload) -> CommitFrame:
         _refuse_blocks(payload, blocks)
     if len(ops) > MAX_OPS:
         _refuse(payload, f"{len(ops)} operations; the limit is {MAX_OPS}", "ops_count")
-    has_prev, ops = "prevData" in payload, _ops(payload, ops)
-    values = (seq, repo, commit, rev, since, prev_data, has_prev, blocks, ops, time, too_big, rebase)
+    checked = _ops(payload, ops)
+    values = (seq, repo, commit, rev, since, prev_data, has_prev, blocks, checked, time, too_big, rebase)
     frame: CommitFrame = _new(CommitFrame, values)
     return frame
 
@@ -277,7 +271,7 @@ def _ops(payload: Payload, ops: list[Any]) -> list[FrameOp]:
         except (KeyError, TypeError, AttributeError):
             valid = False
         if not valid:
-            _refuse(payload, f"a malformed operation: {_shown(op)}")
+            _refuse(payload, f"a malformed operation: {shown(op)}")
         result.append(_new(FrameOp, (action, path, cid, prev)))
     return result
 
@@ -323,78 +317,10 @@ _DECODERS: dict[str, Callable[[Payload], Frame]] = {
 }
 
 
-def _is_data_link(value: object) -> bool:
-    return type(value) is bytes and len(value) == 36 and value[:4] == _DATA_PREFIX
-
-
-def _is_seq(value: object) -> bool:
-    return type(value) is int and 0 < value <= MAX_SEQ
-
-
-def _text_that(is_valid: Callable[[str], bool]) -> Callable[[object], bool]:
-    return lambda value: type(value) is str and is_valid(value)
-
-
-class _Field(NamedTuple):
-    """What a field must be. An optional one may be absent or null."""
-
-    name: str
-    expected: str
-    is_valid: Callable[[Any], bool]
-    optional: bool = False
-
-
-_SEQ = _Field("seq", "an integer from 1 to 2^53-1", _is_seq)
-_DID = _Field("did", "a DID", _text_that(is_did))
-_REV = _Field("rev", "a TID", _text_that(is_tid))
-_TIME = _Field("time", "a datetime", _text_that(is_datetime))
-_BLOCKS = _Field("blocks", "bytes", lambda value: isinstance(value, bytes))
-
-_FIELDS: dict[str, tuple[_Field, ...]] = {
-    "#commit": (
-        _SEQ,
-        _DID._replace(name="repo"),
-        _Field("commit", "a link to dag-cbor by SHA-256", _is_data_link),
-        _REV,
-        _Field("since", "a TID or null", lambda value: value is None or _REV.is_valid(value)),
-        _Field("prevData", "a link to dag-cbor by SHA-256", _is_data_link, optional=True),
-        _BLOCKS,
-        _Field("ops", "a list", lambda value: type(value) is list),
-        _Field("blobs", "a list", lambda value: type(value) is list),
-        _TIME,
-        _Field("tooBig", "a boolean", lambda value: type(value) is bool),
-        _Field("rebase", "a boolean", lambda value: type(value) is bool),
-    ),
-    "#sync": (_SEQ, _DID, _BLOCKS, _REV, _TIME),
-    "#identity": (
-        _SEQ,
-        _DID,
-        _TIME,
-        _Field("handle", "text", lambda value: type(value) is str, optional=True),
-    ),
-    "#account": (
-        _SEQ,
-        _DID,
-        _TIME,
-        _Field("active", "a boolean", lambda value: type(value) is bool),
-        _Field("status", "text", lambda value: type(value) is str, optional=True),
-    ),
-    "#info": (
-        _Field("name", "text", lambda value: type(value) is str),
-        _Field("message", "text", lambda value: type(value) is str, optional=True),
-    ),
-}
-
-
 def _check_fields(name: str, payload: Payload) -> None:
-    for field in _FIELDS[name]:
-        value = payload.get(field.name)
-        if field.optional and value is None:
-            continue
-        if field.name not in payload:
-            _refuse(payload, f"{name} without {field.name!r}")
-        if not field.is_valid(value):
-            _refuse(payload, f"{name}: {field.name!r} must be {field.expected}, not {_shown(value)}")
+    fault = find_fault(name, payload)
+    if fault is not None:
+        _refuse(payload, fault)
 
 
 def _refuse_fields(name: str, payload: Payload) -> NoReturn:
@@ -415,12 +341,7 @@ def _refuse(payload: Payload, message: str, reason: str = "fields") -> NoReturn:
 
 def _seq_of(payload: Payload) -> Seq | None:
     seq = payload.get("seq")
-    return seq if _is_seq(seq) else None
-
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 160 else shown[:157] + "…"
+    return seq if is_seq(seq) else None
 
 
 def encode_frame(name: str, payload: Mapping[str, Any]) -> bytes:
