@@ -1,0 +1,365 @@
+"""`indexer get`, `stream` and `repo`: clients of a running daemon's HTTP interfaces.
+
+Owns their options, output and reconnecting. Everything goes through the public and the management listener;
+where they are comes from the options, else from the settings (file and environment) that the daemon has.
+A daemon that is not there is one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
+
+import aiohttp
+import click
+
+from indexer.atproto.syntax import check_did, check_nsid_pattern, parse_at_uri
+from indexer.config import load, parse_bind
+from indexer.errors import FetchError, FetchRefused, FetchTransient, RequestError
+
+T = TypeVar("T")
+
+NDJSON = "application/x-ndjson"
+_TIMEOUT_S = 60.0
+_CONNECT_S = 5.0
+#: First and longest wait before the stream is opened again, in seconds.
+_RETRY_S = (0.5, 15.0)
+_MAX_MESSAGE = 16 << 20
+#: Time between two looks of `repo add --wait`, in seconds.
+_POLL_S = 0.5
+
+
+class Daemon:
+    """The two base URLs and the token of a running daemon, and requests to it."""
+
+    def __init__(self, public: str, management: str, token: str) -> None:
+        self.public = public.rstrip("/")
+        self.management = management.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    async def query(self, method: str, **params: str) -> Any:
+        """An XRPC query's JSON answer."""
+        async with self._call("GET", f"{self.public}/xrpc/{method}?{urlencode(params)}") as response:
+            return await response.json()
+
+    async def health(self) -> Any:
+        """The daemon's summary of itself."""
+        async with self._call("GET", f"{self.public}/health") as response:
+            return await response.json()
+
+    async def manage(self, method: str, path: str, body: object = None) -> Any:
+        """A management request's JSON answer."""
+        url = f"{self.management}{path}"
+        async with self._call(method, url, headers=self._headers, json=body) as response:
+            return await response.json()
+
+    async def lines(self, path: str) -> AsyncIterator[dict[str, Any]]:
+        """The objects of an NDJSON answer of the management API."""
+        headers = {**self._headers, "Accept": NDJSON}
+        async with self._call("GET", f"{self.management}{path}", headers=headers) as response:
+            async for line in response.content:
+                yield json.loads(line)
+
+    @asynccontextmanager
+    async def _call(self, method: str, url: str, **options: Any) -> AsyncIterator[aiohttp.ClientResponse]:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_TIMEOUT_S)
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=timeout) as session,
+                session.request(method, url, **options) as response,
+            ):
+                if response.status >= 400:
+                    raise await _refusal(response)
+                yield response
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise FetchTransient(_unreachable(url, error)) from error
+        except ValueError as error:
+            raise FetchError(f"the daemon's answer is not what was expected: {error}") from error
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> FetchRefused:
+    try:
+        answer = json.loads(await response.read())
+        name, message = str(answer["error"]), str(answer.get("message", ""))
+    except (ValueError, KeyError, TypeError):
+        name, message = "", f"HTTP {response.status}"
+    return FetchRefused(f"{name}: {message}" if name else message, status=response.status, name=name)
+
+
+def _unreachable(url: str, error: BaseException) -> str:
+    base = "/".join(url.split("/")[:3])
+    why = str(error) or type(error).__name__
+    return f"no daemon answers at {base} ({why}); start it with `indexer run`, or name its --url"
+
+
+def _with_daemon(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that say where the daemon is; the command gets it as ``daemon``."""
+
+    @functools.wraps(command)
+    def wrapper(
+        url: str | None, management_url: str | None, token: str | None, config: Path | None, **rest: Any
+    ) -> None:
+        settings = load(config)
+        daemon = Daemon(
+            url or _url_of(settings.public.bind),
+            management_url or _url_of(settings.management.bind),
+            settings.management.token if token is None else token,
+        )
+        command(daemon=daemon, **rest)
+
+    path = click.Path(path_type=Path, dir_okay=False)
+    for option in (
+        click.option("--config", type=path, help="Settings file (TOML)."),
+        click.option("--token", help="Management token  [default: the setting management.token]"),
+        click.option("--management-url", help="Management listener  [default: from management.bind]"),
+        click.option("--url", help="Public listener  [default: from public.bind]"),
+    ):
+        wrapper = option(wrapper)
+    return wrapper
+
+
+def _url_of(bind: str) -> str:
+    host, port = parse_bind(bind)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Runs ``work`` until it is done or the terminal has enough of it."""
+    try:
+        return asyncio.run(work)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+
+
+# --- get --------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("uri")
+@click.option("--json", "compact", is_flag=True, help="One line of JSON.")
+@_with_daemon
+def get(daemon: Daemon, uri: str, compact: bool) -> None:
+    """Print the record at URI (at://did-or-handle/collection/rkey)."""
+    _run(_get(daemon, uri, compact))
+
+
+async def _get(daemon: Daemon, uri: str, compact: bool) -> None:
+    parts = parse_at_uri(uri)
+    if not parts.collection or not parts.rkey:
+        raise RequestError(f"{uri} names no record: at://did-or-handle/collection/rkey is wanted")
+    answer = await daemon.query(
+        "com.atproto.repo.getRecord", repo=parts.authority, collection=parts.collection, rkey=parts.rkey
+    )
+    click.echo(json.dumps(answer, ensure_ascii=False, indent=None if compact else 2))
+
+
+# --- stream -----------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option(
+    "--cursor", type=click.IntRange(min=0), help="First event id wanted; 0 is all.  [default: the head]"
+)
+@click.option(
+    "--collection", "collections", multiple=True, help="Only records of this collection, or ns.*; repeatable."
+)
+@click.option("--did", "dids", multiple=True, help="Only events of this DID; repeatable.")
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many events.")
+@click.option("--json", "raw", is_flag=True, help="NDJSON, notices included.")
+@_with_daemon
+def stream(
+    daemon: Daemon,
+    cursor: int | None,
+    collections: tuple[str, ...],
+    dids: tuple[str, ...],
+    limit: int | None,
+    raw: bool,
+) -> None:
+    """Print the event stream until interrupted, reconnecting where it was."""
+
+    async def main() -> None:
+        patterns = [check_nsid_pattern(item) for item in collections]
+        wanted = [check_did(item) for item in dids]
+        start = (await daemon.health())["head"] if cursor is None else cursor
+        tail = Tail(daemon.public, patterns, wanted, start)
+        left = limit
+        async for text, message in tail.messages():
+            is_event = message["type"] != "info"
+            if raw:
+                click.echo(text)
+            else:
+                click.echo(_shown(message), err=not is_event)
+            if left is not None and is_event and (left := left - 1) == 0:
+                return
+
+    _run(main())
+
+
+class Tail:
+    """A stream that is opened again where it was, for as long as it takes."""
+
+    def __init__(self, base: str, collections: list[str], dids: list[str], cursor: int) -> None:
+        self._base = base.replace("http", "ws", 1)
+        self._filters = [("wantedCollections", item) for item in collections]
+        self._filters += [("wantedDids", item) for item in dids]
+        self._cursor = cursor
+
+    async def messages(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        """Messages as text and parsed, for ever."""
+        wait, longest = _RETRY_S
+        while True:
+            try:
+                async for text, message in self._session():
+                    wait = _RETRY_S[0]
+                    yield text, message
+                why = "the server closed the stream"
+            except aiohttp.WSServerHandshakeError as error:
+                if error.status < 500 and error.status != 429:
+                    message = f"the daemon refused the stream: HTTP {error.status}"
+                    raise FetchRefused(message, status=error.status) from error
+                why = f"the daemon is busy: HTTP {error.status}"
+            except (aiohttp.ClientError, TimeoutError) as error:
+                why = str(error) or type(error).__name__
+            click.echo(f"{why}; connecting again", err=True)
+            await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+            wait = min(wait * 2, longest)
+
+    async def _session(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        params = [*self._filters, ("cursor", str(self._cursor))]
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.ws_connect(
+                f"{self._base}/stream?{urlencode(params)}", max_msg_size=_MAX_MESSAGE
+            ) as socket,
+        ):
+            async for frame in socket:
+                if frame.type is not aiohttp.WSMsgType.TEXT:
+                    return
+                message = json.loads(frame.data)
+                if message["type"] == "error":
+                    raise FetchRefused(
+                        f"{message['name']}: {message['message']}", status=400, name=message["name"]
+                    )
+                # A notice's id is where the stream goes on, an event's is the event's own.
+                self._cursor = message["id"] if message["type"] == "info" else message["id"] + 1
+                yield frame.data, message
+
+
+def _shown(message: Mapping[str, Any]) -> str:
+    """One line for a person."""
+    kind = message["type"]
+    body = message.get(kind, {})
+    if kind == "record":
+        mark = "live" if body["live"] else "back"
+        text = json.dumps(body.get("record"), ensure_ascii=False) if "record" in body else ""
+        return (
+            f"{message['id']:>10} {mark} {body['action']:<6} "
+            f"at://{body['did']}/{body['collection']}/{body['rkey']} {text}"[:240].rstrip()
+        )
+    if kind == "info":
+        return f"-- {message['name']}: goes on at {message['id']}"
+    details = " ".join(f"{key}={value}" for key, value in body.items() if key != "did")
+    return f"{message['id']:>10} {kind} {body.get('did', '')} {details}"
+
+
+# --- repo -------------------------------------------------------------------------------------------------
+
+
+@click.group()
+def repo() -> None:
+    """Follow repositories and look at their state."""
+
+
+@repo.command()
+@click.argument("dids", nargs=-1, required=True, metavar="DID…")
+@click.option("--wait", is_flag=True, help="Return when all are synced, or one cannot be.")
+@click.option("--json", "raw", is_flag=True, help="NDJSON.")
+@_with_daemon
+def add(daemon: Daemon, dids: tuple[str, ...], wait: bool, raw: bool) -> None:
+    """Follow repositories."""
+
+    async def main() -> None:
+        wanted = [check_did(did) for did in dids]
+        acted = [
+            item["did"] for item in await daemon.manage("PUT", "/repos", [{"did": did} for did in wanted])
+        ]
+        for did in wanted:
+            if did not in acted:
+                raise RequestError(f"{did} is excluded by the filter and was not added")
+        for did in acted:
+            row = await _settled(daemon, did) if wait else {"did": did}
+            click.echo(json.dumps(row) if raw else _line(row))
+
+    _run(main())
+
+
+async def _settled(daemon: Daemon, did: str) -> dict[str, Any]:
+    """The repository's state once it is synced or inactive."""
+    while True:
+        row: dict[str, Any] = await daemon.manage("GET", f"/repos/{quote(did, safe=':')}")
+        if row["state"] == "synced" or not row["active"]:
+            return row
+        if row["error"] and not row["due_us"]:
+            raise RequestError(f"{did}: {row['error']}")
+        await asyncio.sleep(_POLL_S)
+
+
+@repo.command("list")
+@click.option("--state", type=click.Choice(["pending", "backfilling", "synced", "desynchronized"]))
+@click.option("--json", "raw", is_flag=True, help="NDJSON.")
+@_with_daemon
+def list_repos(daemon: Daemon, state: str | None, raw: bool) -> None:
+    """List known repositories in the order of their DIDs."""
+
+    async def main() -> None:
+        async for row in daemon.lines(f"/repos?state={state}" if state else "/repos"):
+            click.echo(json.dumps(row) if raw else _line(row))
+
+    _run(main())
+
+
+@repo.command()
+@click.argument("did")
+@click.option("--json", "raw", is_flag=True, help="One line of JSON.")
+@_with_daemon
+def status(daemon: Daemon, did: str, raw: bool) -> None:
+    """Show everything known about one repository."""
+
+    async def main() -> None:
+        row = await daemon.manage("GET", f"/repos/{quote(check_did(did), safe=':')}")
+        if raw:
+            click.echo(json.dumps(row))
+        else:
+            for line in _details(row):
+                click.echo(line)
+
+    _run(main())
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    if "state" not in row:
+        return f"{row['did']} queued"
+    status = "" if row["active"] else f" ({row['status']})"
+    return f"{row['did']} {row['state']}{status} {row['rev'] or '-'} {row['handle'] or '-'}"
+
+
+def _details(row: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield f"{key}:"
+            yield from (f"  {name:<40} {count}" for name, count in value.items())
+        elif isinstance(value, list):
+            yield f"{key:<16} {', '.join(map(str, value)) or '-'}"
+        else:
+            yield f"{key:<16} {'-' if value is None else value}"

@@ -1,0 +1,146 @@
+"""What the daemon says about itself: liveness, readiness and the figures of `/stats` and `/metrics`.
+
+Reads counts, rows and the parts' own figures; changes nothing. One event loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from indexer import __version__
+from indexer.store.codecs import AccountStatus, SyncState
+from indexer.store.keyspaces import PENDING
+
+if TYPE_CHECKING:
+    from indexer.serve.services import Services
+    from indexer.serve.stream import StreamHub
+    from indexer.serve.xrpc.dispatch import Xrpc
+
+VERSION = __version__
+_STARTED = time.monotonic()
+_STARTED_AT = time.time()
+#: Queued repositories counted for the answer; beyond it the figure is a lower bound.
+_COUNTED_PENDING = 10_000
+#: Collections shown by name.
+_SHOWN_COLLECTIONS = 200
+
+
+def summary(services: Services) -> dict[str, Any]:
+    """Liveness and the few figures that tell whether work goes on. ``status`` is "ok" or "failed"."""
+    sources = sources_of(services)
+    return {
+        "status": "failed" if services.writer.poisoned else "ok",
+        "version": VERSION,
+        "uptime_s": round(time.monotonic() - _STARTED, 1),
+        "head": services.writer.head,
+        "repos": services.db.count("repos"),
+        "records": services.db.count("records"),
+        "sources": {"total": len(sources), "connected": sum(bool(s.get("connected")) for s in sources)},
+    }
+
+
+def is_ready(services: Services) -> bool:
+    """Whether the daemon does its work: nothing has stopped the writer."""
+    return not services.writer.poisoned
+
+
+def statistics(services: Services, streams: StreamHub | None, xrpc: Xrpc | None) -> dict[str, Any]:
+    """Totals, rates and the state of every part."""
+    db, writer = services.db, services.writer
+    return {
+        "version": VERSION,
+        "started_at": _STARTED_AT,
+        "uptime_s": round(time.monotonic() - _STARTED, 1),
+        "mode": {
+            "filter": services.settings.filter.mode,
+            "ephemeral": db.mode.ephemeral,
+            "blocks": db.mode.blocks,
+        },
+        "events": {
+            "head": writer.head,
+            "floor": services.log.floor,
+            "total": db.count("events"),
+        },
+        "repos": {
+            "total": db.count("repos"),
+            "by_state": _labelled(services, "repos/state/", [state.label for state in SyncState]),
+            "by_status": _labelled(services, "repos/status/", [status.label for status in AccountStatus]),
+        },
+        "records": {"total": db.count("records"), "by_collection": _collections(services)},
+        "ingest": {"sources": sources_of(services), "outcomes": outcomes(services)},
+        "backfill": {"pending": pending(services), **_figures(services.backfill)},
+        "workers": workers(services),
+        "store": store(services),
+        "streams": streams.status() if streams else {},
+        "xrpc": _answers(xrpc),
+    }
+
+
+def sources_of(services: Services) -> list[dict[str, Any]]:
+    """Every upstream: url, connected, seq, lag_s and what it counted."""
+    return [dict(source) for source in services.ingest.status()] if services.ingest else []
+
+
+def outcomes(services: Services) -> list[dict[str, Any]]:
+    """The persistent counts of what became of frames, by source, outcome and reason."""
+    found = []
+    for name, count in services.db.counts("ingest/").items():
+        # A source is a URL, so it may hold slashes itself.
+        source, outcome, reason = [*name.removeprefix("ingest/").rsplit("/", 2), "", ""][:3]
+        found.append({"source": source, "outcome": outcome, "reason": reason, "count": count})
+    return found
+
+
+def pending(services: Services) -> int:
+    """Repositories that wait for background work, counted up to a bound."""
+    return sum(1 for _ in services.db.scan(PENDING, limit=_COUNTED_PENDING))
+
+
+def workers(services: Services) -> dict[str, dict[str, Any]]:
+    """The figures of the background workers of the store."""
+    return {name: plain(worker.stats) for name, worker in services.workers.items()}
+
+
+def store(services: Services) -> dict[str, Any]:
+    """Bytes and rows by keyspace, in total, and memory."""
+    keyspaces = services.db.stats()
+    totals = {key: sum(row[key] for row in keyspaces.values()) for key in ("sst_bytes", "live_bytes")}
+    return {"keyspaces": keyspaces, "totals": totals, "memory": services.db.memory()}
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A part's figures as a dict, whichever kind of value it keeps them in."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "_asdict"):
+        return dict(value._asdict())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {}
+
+
+def _labelled(services: Services, prefix: str, labels: list[str]) -> dict[str, int]:
+    stored = services.db.counts(prefix)
+    return {label: stored.get(prefix + label, 0) for label in labels}
+
+
+def _collections(services: Services) -> dict[str, int]:
+    counts = services.db.counts("records/")
+    largest = sorted(counts.items(), key=lambda item: -item[1])[:_SHOWN_COLLECTIONS]
+    return {name.removeprefix("records/"): count for name, count in largest if count}
+
+
+def _figures(part: Any) -> dict[str, Any]:
+    return dict(part.status()) if part is not None else {}
+
+
+def _answers(xrpc: Xrpc | None) -> dict[str, Any]:
+    if xrpc is None:
+        return {}
+    answers: dict[str, dict[str, int]] = {}
+    for (method, status), count in xrpc.answers.items():
+        answers.setdefault(method, {})[str(status)] = count
+    return {"answers": answers, "trees_built": xrpc.trees.built, "tree_cache_bytes": xrpc.trees.size}

@@ -1,0 +1,102 @@
+"""Errors as HTTP answers: every one is XRPC-shaped, `{"error": name, "message": text}`.
+
+Owns the middleware that turns our exceptions, aiohttp's (404, 405, 413, …) and surprises (500, logged)
+into that shape, and that bounds how long a query may take. Leaves the meaning of an error to who raised it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import orjson
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from indexer.errors import (
+    BadInput,
+    FetchError,
+    IdentityGone,
+    IdentityUnavailable,
+    RequestError,
+    StoreError,
+)
+
+log = structlog.get_logger(__name__)
+
+
+#: HTTP errors that aiohttp raises by itself → the name in our shape
+_NAMES = {
+    400: "InvalidRequest",
+    401: "AuthenticationRequired",
+    403: "Forbidden",
+    404: "NotFound",
+    405: "MethodNotAllowed",
+    413: "PayloadTooLarge",
+    415: "UnsupportedMediaType",
+    426: "UpgradeRequired",
+}
+
+
+def json_response(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """``value`` as a JSON answer."""
+    return web.Response(
+        body=orjson.dumps(value), status=status, content_type="application/json", headers=headers
+    )
+
+
+def error_response(
+    status: int, name: str, message: str, headers: dict[str, str] | None = None
+) -> web.Response:
+    """An XRPC-shaped error."""
+    return json_response({"error": name, "message": message}, status=status, headers=headers)
+
+
+def as_response(error: Exception) -> web.Response:
+    """The answer to an exception: bad input is the caller's, everything else ours (and logged)."""
+    match error:
+        case RequestError():
+            headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+            return error_response(error.status, error.name, str(error), headers)
+        case web.HTTPException():
+            name = _NAMES.get(error.status, error.reason.replace(" ", ""))
+            kept = {key: error.headers[key] for key in ("Allow",) if key in error.headers}
+            return error_response(error.status, name, error.reason, kept)
+        case BadInput():
+            return error_response(400, "InvalidRequest", str(error))
+        case IdentityGone():
+            return error_response(400, "RepoNotFound", str(error))
+        case IdentityUnavailable() | FetchError():
+            return error_response(502, "UpstreamFailure", str(error))
+        case TimeoutError():
+            return error_response(504, "RequestTimeout", "the query took longer than it may")
+        case StoreError():
+            log.error("query_store_error", error=str(error), reason=error.reason)
+            return error_response(500, "InternalServerError", "the store failed")
+        case _:
+            log.error("query_failed", exc_info=error)
+            return error_response(500, "InternalServerError", "internal error")
+
+
+def errors_middleware(timeout: float, unbounded: frozenset[str] = frozenset()) -> Middleware:
+    """Middleware: errors in our shape, and a time limit for all but the ``unbounded`` paths."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        limit = None if request.path in unbounded else timeout
+        try:
+            async with asyncio.timeout(limit):
+                return await handler(request)
+        except Exception as error:
+            if _begun(request):
+                # The status line is on its way: all that is left is to cut the answer short.
+                log.warning("answer_cut_short", path=request.path, error=str(error))
+                raise
+            return as_response(error)
+
+    return middleware
+
+
+def _begun(request: web.Request) -> bool:
+    writer = getattr(request, "_payload_writer", None)
+    return bool(writer is not None and getattr(writer, "output_size", 0))

@@ -1,0 +1,257 @@
+"""`/repos` of the management API: which repositories are followed, their state, refetching, removal.
+
+Owns the form of these requests and answers. DIDs come as NDJSON or as a JSON array of `{"did"}`, and the
+answer names those acted on in the same form. Changes go through the writer, some hundred rows a unit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from aiohttp import web
+
+from indexer.atproto.cid import dag_cbor_cid, format_cid
+from indexer.atproto.syntax import check_did
+from indexer.atproto.types import Did
+from indexer.errors import RequestError, SyntaxInvalid
+from indexer.serve.http_errors import json_response
+from indexer.serve.management_filter import current_filters
+from indexer.serve.xrpc.params import Params
+from indexer.serve.xrpc.records import collection_counts
+from indexer.store.codecs import NEW_REPO, RepoRow, SyncState, Work
+
+if TYPE_CHECKING:
+    from indexer.serve.services import Services
+    from indexer.store.transaction import Transaction
+
+NDJSON = "application/x-ndjson"
+MAX_PAGE = 10_000
+#: Rows read or changed at once; others get their turn in between.
+_STEP = 500
+
+
+class RepoRoutes:
+    """Handlers of `/repos`."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def add_to(self, app: web.Application) -> None:
+        app.router.add_get("/repos", self.list_all)
+        app.router.add_put("/repos", self.follow)
+        app.router.add_delete("/repos", self.remove)
+        app.router.add_post("/repos/resync", self.resync)
+        app.router.add_get("/repos/{did}", self.show)
+
+    async def list_all(self, request: web.Request) -> web.StreamResponse:
+        """Repositories in the order of their DIDs: NDJSON streams all (or `limit`), JSON answers a page."""
+        params = Params(request.query)
+        state = params.optional("state", _checked_state)
+        after = params.optional("cursor", check_did) or ""
+        if NDJSON in request.headers.get("Accept", ""):
+            return await self._stream(request, state, after, params.optional_integer("limit"))
+        limit = params.integer("limit", 1000, 1, MAX_PAGE)
+        page: list[dict[str, Any]] = []
+        for row in self._rows(state, after):
+            if row is None:
+                await asyncio.sleep(0)
+            elif len(page) == limit:
+                return json_response({"repos": page, "cursor": page[-1]["did"]})
+            else:
+                page.append(row)
+        return json_response({"repos": page})
+
+    async def show(self, request: web.Request) -> web.StreamResponse:
+        """Everything known about one repository."""
+        did = _checked_did(request.match_info["did"])
+        db = self._services.db
+        row = db.repo(did)
+        if row is None:
+            raise RequestError(f"repository {did} is not known here", status=404, name="RepoNotFound")
+        words = [
+            {"source": word.source, "status": word.status.label, "active": word.active, "seq": word.seq}
+            for word in db.account_words(did)
+        ]
+        collections = collection_counts(db, did)
+        return json_response(
+            {
+                **describe(did, row),
+                "records": sum(collections.values()),
+                "collections": collections,
+                "account_words": words,
+            }
+        )
+
+    async def follow(self, request: web.Request) -> web.StreamResponse:
+        """Follows repositories: queued to be fetched, excluded ones left out."""
+        filters = current_filters(self._services)
+        dids = [did for did in await read_dids(request) if not filters.is_excluded(did)]
+        for step in _steps(dids):
+            if self._services.backfill is not None:
+                await self._services.backfill.add(step)
+            else:
+                await self._change("repos_follow", step, _followed, create=True)
+        return _acted_on(request, dids)
+
+    async def remove(self, request: web.Request) -> web.StreamResponse:
+        """Follows repositories no longer; ``purge=true`` deletes what is held of them too."""
+        purge = Params(request.query).flag("purge")
+        acted: list[Did] = []
+        for step in _steps(await read_dids(request)):
+            acted += await self._change("repos_remove", step, _unfollowed, purge=purge)
+        return _acted_on(request, acted)
+
+    async def resync(self, request: web.Request) -> web.StreamResponse:
+        """Fetches followed repositories again."""
+        acted: list[Did] = []
+        for step in _steps(await read_dids(request)):
+            if self._services.backfill is not None:
+                known = [did for did in step if (row := self._services.db.repo(did)) and row.tracked]
+                await self._change("repos_resync", known, _desynchronized)
+                await self._services.backfill.add(known)
+                acted += known
+            else:
+                acted += await self._change("repos_resync", step, _desynchronized)
+        return _acted_on(request, acted)
+
+    async def _change(
+        self,
+        name: str,
+        dids: Sequence[Did],
+        change: Callable[[RepoRow, int], RepoRow | None],
+        *,
+        create: bool = False,
+        purge: bool = False,
+    ) -> list[Did]:
+        """Applies ``change`` to every known row in one unit; the DIDs that it changed."""
+
+        def work(tx: Transaction) -> list[Did]:
+            acted = []
+            for did in dids:
+                row = tx.repo(did) or (NEW_REPO if create else None)
+                if row is None or (changed := change(row, tx.now_us)) is None:
+                    continue
+                if purge:
+                    tx.set_repo(did, changed)
+                    tx.wipe_repo(did, row.status)
+                else:
+                    tx.set_repo(did, changed)
+                acted.append(did)
+            return acted
+
+        return await self._services.writer.run(name, work)
+
+    def _rows(self, state: str | None, after: Did) -> Iterator[dict[str, Any] | None]:
+        """Rows as JSON values, with a None after every step: a place to let others run."""
+        while rows := self._services.db.repos(after=after, limit=_STEP):
+            for did, row in rows:
+                if state in (None, row.state.label):
+                    yield describe(did, row)
+            if len(rows) < _STEP:
+                return
+            after = rows[-1][0]
+            yield None
+
+    async def _stream(
+        self, request: web.Request, state: str | None, after: Did, limit: int | None
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": NDJSON})
+        await response.prepare(request)
+        lines: list[bytes] = []
+        left = -1 if limit is None else limit
+        for row in self._rows(state, after):
+            if row is None or len(lines) >= _STEP:
+                await response.write(b"".join(lines))
+                lines.clear()
+                await asyncio.sleep(0)
+            if row is not None:
+                if left == 0:
+                    break
+                left -= 1
+                lines.append(orjson.dumps(row) + b"\n")
+        await response.write(b"".join(lines))
+        await response.write_eof()
+        return response
+
+
+def describe(did: Did, row: RepoRow) -> dict[str, Any]:
+    """A repository's row as JSON."""
+    return {
+        "did": did,
+        "tracked": row.tracked,
+        "state": row.state.label,
+        "status": row.status.label,
+        "active": row.status.active,
+        "complete": row.complete,
+        "rev": row.rev or None,
+        "head": format_cid(dag_cbor_cid(row.commit)) if row.commit else None,
+        "handle": row.handle or None,
+        "pds": row.pds or None,
+        "due_us": row.due or None,
+        "work": [flag.name.lower() for flag in Work if row.work & flag and flag.name],
+        "error": row.error or None,
+        "attempt": row.attempt,
+    }
+
+
+async def read_dids(request: web.Request) -> list[Did]:
+    """The DIDs of a body, each once, in its order."""
+    body = await request.read()
+    try:
+        if body.lstrip()[:1] == b"[":
+            items = orjson.loads(body)
+        else:
+            items = [orjson.loads(line) for line in body.splitlines() if line.strip()]
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"the body is neither a JSON array nor NDJSON: {error}") from error
+    return list(dict.fromkeys(_did_of(item) for item in items))
+
+
+def _did_of(item: object) -> Did:
+    did = item.get("did") if isinstance(item, dict) else None
+    if not isinstance(did, str):
+        raise RequestError('every item of the body must be an object with a "did"')
+    return _checked_did(did)
+
+
+def _checked_did(text: str) -> Did:
+    try:
+        return check_did(text)
+    except SyntaxInvalid as error:
+        raise RequestError(f"did: {error}") from error
+
+
+def _checked_state(text: str) -> str:
+    if text not in {state.label for state in SyncState}:
+        raise SyntaxInvalid(f"not a sync state: {text!r}")
+    return text
+
+
+def _acted_on(request: web.Request, dids: Sequence[Did]) -> web.Response:
+    """The DIDs acted on, in the form that the caller reads."""
+    items = [{"did": did} for did in dids]
+    if NDJSON in request.headers.get("Accept", ""):
+        return web.Response(body=b"".join(orjson.dumps(item) + b"\n" for item in items), content_type=NDJSON)
+    return json_response(items)
+
+
+def _steps(dids: Sequence[Did]) -> Iterator[Sequence[Did]]:
+    for start in range(0, len(dids), _STEP):
+        yield dids[start : start + _STEP]
+
+
+def _followed(row: RepoRow, _now_us: int) -> RepoRow:
+    return row._replace(tracked=True)
+
+
+def _unfollowed(row: RepoRow, _now_us: int) -> RepoRow:
+    return row._replace(tracked=False, due=0, work=0)
+
+
+def _desynchronized(row: RepoRow, now_us: int) -> RepoRow | None:
+    if not row.tracked:
+        return None
+    return row._replace(state=SyncState.DESYNCHRONIZED, due=now_us, attempt=0, error="")

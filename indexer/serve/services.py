@@ -1,0 +1,76 @@
+"""What the servers are given: one frozen value, typed by protocols where a part is above the store.
+
+Tests build it from a store alone; the daemon fills in every part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from indexer.atproto.types import Did, Handle
+from indexer.config import Settings
+from indexer.ingest.filters import Filters
+from indexer.store.database import Database
+from indexer.store.events import EventLog
+from indexer.store.writer import Writer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ResolverLike(Protocol):
+    """What queries ask of the identity resolver."""
+
+    async def resolve_handle(self, handle: Handle, /) -> Did: ...
+
+    async def verified_handle(self, did: Did, /) -> Handle: ...
+
+
+class PoolLike(Protocol):
+    """Worker processes for pure CPU work."""
+
+    def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]: ...
+
+
+class IngestLike(Protocol):
+    """The firehose side, as far as it is looked at and told of new filters."""
+
+    def status(self) -> Sequence[Mapping[str, Any]]: ...
+
+    def set_filters(self, filters: Filters, /) -> None: ...
+
+
+class BackfillLike(Protocol):
+    """The fetching side."""
+
+    async def add(self, dids: Sequence[Did], /) -> object: ...
+
+    def status(self) -> Mapping[str, Any]: ...
+
+
+class WorkerLike(Protocol):
+    """A background worker of the store."""
+
+    async def run_once(self) -> object: ...
+
+    @property
+    def stats(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything that the servers read from or act on. Parts that are not running are None."""
+
+    db: Database
+    writer: Writer
+    log: EventLog
+    resolver: ResolverLike
+    pool: PoolLike
+    filters: Filters
+    settings: Settings
+    ingest: IngestLike | None = None
+    backfill: BackfillLike | None = None
+    #: "checkpoint", "blocks_gc", "retention"
+    workers: Mapping[str, WorkerLike] = field(default_factory=dict)

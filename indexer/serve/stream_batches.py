@@ -1,0 +1,199 @@
+"""The log as encoded frames, made once and shared by every reader.
+
+Owns a cache of batches, bounded in bytes: ids are cut into runs of equal length, a run's frames are encoded
+when its first reader comes, and the last run grows as the log grows. Holes in the ids (pruned, wiped, or
+left by a power cut) become `Skipped` notices. Runs on the event loop, never awaits, so it needs no lock.
+
+Hot: about 9 µs an event to encode (row, block, JSON, frame), 0.2 µs to hand one to a further reader.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from typing import TYPE_CHECKING, NamedTuple
+
+import structlog
+
+from indexer.atproto.dagcbor import record_to_json
+from indexer.errors import DagCborError
+from indexer.serve import stream_format as wire
+from indexer.serve.stream_rules import EventFilter, Key
+
+if TYPE_CHECKING:
+    from indexer.store.codecs import Event
+    from indexer.store.events import EventLog
+    from indexer.store.writer import Writer
+
+log = structlog.get_logger(__name__)
+
+#: bytes that an event costs in a batch beside its frame: tuples, ints, list slots
+_OVERHEAD = 320
+
+
+class Taken(NamedTuple):
+    """What a reader sends next: joined frames, where it goes on, and how many frames they are."""
+
+    payload: bytes
+    next_id: int
+    frames: int
+
+
+class Batch:
+    """The frames of the ids from ``start`` to ``stop``; ``next_id`` is the first not yet encoded."""
+
+    __slots__ = (
+        "_joined",
+        "_joined_of",
+        "_packed",
+        "frames",
+        "ids",
+        "keys",
+        "next_id",
+        "size",
+        "start",
+        "stop",
+    )
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start = start
+        self.stop = stop
+        self.next_id = start
+        self.size = _OVERHEAD
+        self.ids: list[int] = []
+        self.frames: list[bytes] = []
+        #: None for notices
+        self.keys: list[Key | None] = []
+        self._packed: list[bytes] = []
+        self._joined = b""
+        self._joined_of = (0, 0, False)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it will never grow again."""
+        return self.next_id >= self.stop
+
+    def append(self, event_id: int, key: Key | None, text: bytes) -> None:
+        """Adds the frame of one event or notice."""
+        encoded = wire.frame(wire.TEXT, text)
+        self.ids.append(event_id)
+        self.keys.append(key)
+        self.frames.append(encoded)
+        self.size += len(encoded) + _OVERHEAD
+
+    def skip_to(self, next_id: int) -> None:
+        """Announces that there is nothing before ``next_id``, to readers anywhere in the hole."""
+        self.append(next_id - 1, None, wire.notice_text("Skipped", next_id))
+        self.next_id = next_id
+
+    def take(self, position: int, zstd: bool) -> Taken:
+        """All frames from ``position`` on. Readers in step share one joined copy."""
+        first, last = bisect_left(self.ids, position), len(self.ids)
+        if self._joined_of != (first, last, zstd):
+            self._joined = b"".join(self._frames(zstd)[first:])
+            self._joined_of = (first, last, zstd)
+        return Taken(self._joined, self.next_id, last - first)
+
+    def take_wanted(self, position: int, wanted: EventFilter, zstd: bool) -> Taken:
+        """The frames that pass a filter. Its reader expects holes, so notices are left out."""
+        first = bisect_left(self.ids, position)
+        frames, keys = self._frames(zstd), self.keys
+        chosen = [
+            frames[index]
+            for index in range(first, len(keys))
+            if (key := keys[index]) is not None and wanted.wants(key)
+        ]
+        return Taken(b"".join(chosen), self.next_id, len(chosen))
+
+    def _frames(self, zstd: bool) -> list[bytes]:
+        if not zstd:
+            return self.frames
+        if len(self._packed) < len(self.frames):
+            for plain in self.frames[len(self._packed) :]:
+                packed = wire.frame(wire.BINARY, wire.pack(wire.payload_of(plain)))
+                self._packed.append(packed)
+                self.size += len(packed)
+        return self._packed
+
+
+class EncodedLog:
+    """Batches of the log by position."""
+
+    def __init__(self, writer: Writer, events: EventLog, *, batch_events: int, cache_bytes: int) -> None:
+        self._writer = writer
+        self._events = events
+        self._keeps_blocks = writer.db.mode.blocks
+        self._seen_head = writer.head
+        self._run = batch_events
+        self._budget = cache_bytes
+        self._batches: OrderedDict[int, Batch] = OrderedDict()
+        self.size = 0
+        self.hits = 0
+        self.encoded = 0
+
+    def take(self, position: int, wanted: EventFilter, zstd: bool) -> Taken:
+        """Frames from ``position`` (at least the floor, below the head) to the end of its run."""
+        self._forget_wiped()
+        batch = self._batch(position)
+        before = batch.size
+        if batch.is_full or batch.next_id >= self._writer.head:
+            self.hits += 1
+        else:
+            self._extend(batch)
+        taken = batch.take(position, zstd) if wanted.is_open else batch.take_wanted(position, wanted, zstd)
+        self.size += batch.size - before
+        while self.size > self._budget and len(self._batches) > 1:
+            self.size -= self._batches.popitem(last=False)[1].size
+        return taken
+
+    def _batch(self, position: int) -> Batch:
+        index = position // self._run
+        batch = self._batches.get(index)
+        if batch is None:
+            batch = Batch(max(index * self._run, self._events.floor), (index + 1) * self._run)
+            self._batches[index] = batch
+            self.size += batch.size
+        self._batches.move_to_end(index)
+        return batch
+
+    def _extend(self, batch: Batch) -> None:
+        page = self._events.page(batch.next_id, batch.stop - batch.next_id)
+        events = [event for event in page.events if event.id < batch.stop]
+        for event, block in zip(events, self._events.blocks(events), strict=True):
+            if event.id > batch.next_id:
+                batch.skip_to(event.id)
+            self._append(batch, event, block)
+        beyond = page.events[len(events)].id if len(events) < len(page.events) else page.next
+        if batch.next_id < min(batch.stop, beyond):
+            batch.skip_to(beyond)
+
+    def _append(self, batch: Batch, event: Event, block: bytes | None) -> None:
+        self.encoded += 1
+        if event.kind == "sync" or (block is None and event.cid is not None and self._keeps_blocks):
+            # A gap in a repository's chain, which this format has no message for; or pruned just now.
+            batch.skip_to(event.id + 1)
+            return
+        if event.kind == "record":
+            body = None if block is None else _json(event, block)
+            batch.append(event.id, (event.did, event.collection), wire.record_text(event, body))
+        else:
+            batch.append(event.id, (event.did, ""), wire.account_text(event))
+        batch.next_id = event.id + 1
+
+    def _forget_wiped(self) -> None:
+        """Every wipe appends an event, so this looks only when the head has moved."""
+        head = self._writer.head
+        if head != self._seen_head:
+            wipes = self._writer.state.wipes.by_did
+            if wipes and max(wipe.head for wipe in wipes.values()) >= self._seen_head:
+                self._batches.clear()
+                self.size = 0
+            self._seen_head = head
+
+
+def _json(event: Event, block: bytes) -> bytes | None:
+    try:
+        return record_to_json(block)
+    except DagCborError as error:
+        log.warning("record_without_json", did=event.did, event_id=event.id, error=str(error))
+        return None

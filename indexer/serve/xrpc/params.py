@@ -1,0 +1,83 @@
+"""Query parameters, read once and checked against the protocol's syntax before use.
+
+Every failure is a 400 `InvalidRequest` that names the parameter. Pure; any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from indexer.errors import RequestError, SyntaxInvalid
+
+Check = Callable[[str], str]
+
+
+class _Query(Protocol):
+    def getall(self, key: str, default: list[str], /) -> Sequence[str]: ...
+
+
+class Params:
+    """One request's query string. An empty value counts as absent."""
+
+    def __init__(self, query: _Query) -> None:
+        self._query = query
+
+    def optional(self, name: str, check: Check | None = None) -> str | None:
+        """The parameter, checked; None when it is absent."""
+        values = [value for value in self._query.getall(name, []) if value]
+        if len(values) > 1:
+            raise RequestError(f"parameter {name} must not be repeated")
+        return _checked(name, values[0], check) if values else None
+
+    def required(self, name: str, check: Check | None = None) -> str:
+        """The parameter, checked."""
+        value = self.optional(name, check)
+        if value is None:
+            raise RequestError(f"parameter {name} is required")
+        return value
+
+    def integer(self, name: str, default: int, low: int, high: int) -> int:
+        """A whole number within ``low``…``high``."""
+        text = self.optional(name)
+        if text is None:
+            return default
+        value = whole_number(name, text)
+        if not low <= value <= high:
+            raise RequestError(f"parameter {name} must be between {low} and {high}")
+        return value
+
+    def optional_integer(self, name: str) -> int | None:
+        """A whole number that is not negative, None when it is absent."""
+        text = self.optional(name)
+        return None if text is None else whole_number(name, text)
+
+    def flag(self, name: str) -> bool:
+        """A boolean; absent is false."""
+        text = self.optional(name)
+        if text not in (None, "true", "false"):
+            raise RequestError(f"parameter {name} must be true or false")
+        return text == "true"
+
+    def many(self, name: str, check: Check, most: int) -> list[str]:
+        """A repeated parameter or comma list, each item checked."""
+        items = [item for value in self._query.getall(name, []) for item in value.split(",") if item]
+        if len(items) > most:
+            raise RequestError(f"parameter {name} takes at most {most} values")
+        return [_checked(name, item, check) for item in items]
+
+
+def whole_number(name: str, text: str) -> int:
+    """``text`` as an integer from 0 to 2^63 - 1, in plain decimal digits."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 19 and int(text) < 1 << 63):
+        raise RequestError(f"parameter {name} must be a whole number")
+    return int(text)
+
+
+def _checked(name: str, value: str, check: Check | None) -> str:
+    if check is None:
+        return value
+    try:
+        return check(value)
+    except SyntaxInvalid as error:
+        raise RequestError(f"parameter {name}: {error}") from error
