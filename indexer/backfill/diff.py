@@ -68,13 +68,17 @@ def _path(item: _Item) -> Path:
 def _compare(new: list[IndexEntry], old: list[StoredRecord], wants: WantsCollection | None) -> Changes:
     rows = dict(old)
     if rows:
-        kept = {entry[0] for entry in new if (row := rows.get(entry[0])) and row.cid == entry[1]}
+        kept = {entry[0] for entry in new if (row := rows.get(entry[0])) and _same(entry, row)}
         new = [entry for entry in new if entry[0] not in kept]
     puts = new if wants is None else [entry for entry in new if wants(entry[0].partition("/")[0])]
     if rows:
         replaced = {entry[0] for entry in puts}
         return Changes(puts, [path for path in rows if path not in kept and path not in replaced])
     return Changes(puts, [])
+
+
+def _same(entry: IndexEntry, row: RecordRow) -> bool:
+    return row.cid == entry[1] and row.flags == entry[4]
 
 
 def joined(steps: Iterator[Changes], size: int) -> Iterator[tuple[Changes, bool]]:

@@ -74,7 +74,8 @@ class Backfill:
         self._stats = Stats(time.monotonic)
         self._budget = ByteBudget(limits.inflight_mib << 20)
         self._spool = Spool(settings.data_dir / "spool")
-        self._tools = Tools(
+        #: What jobs work with.
+        self.tools = Tools(
             db, writer, pool, resolver, http, settings, self._hosts, self._budget, self._spool, self._stats,
             relay_origin(settings.upstreams), drain, self._wanted_collections, jitter,
         )  # fmt: skip
@@ -175,8 +176,8 @@ class Backfill:
 
     def _host_hint(self, did: Did, row: RepoRow) -> str:
         """The host that a job will ask first, as far as that is known without asking anybody."""
-        if self._tools.relay and self._settings.backfill.source == "relay":
-            return host_of(self._tools.relay)
+        if self.tools.relay and self._settings.backfill.source == "relay":
+            return host_of(self.tools.relay)
         identity = self._resolver.cached(did)
         return host_of(identity.pds if identity is not None else row.pds)
 
@@ -200,7 +201,7 @@ class Backfill:
 
     async def _work(self, entry: Entry) -> None:
         try:
-            busy = await Job(self._tools, entry.did).run()
+            busy = await Job(self.tools, entry.did).run()
         except Exception as error:  # our own state: `run` raises it and the daemon goes down
             self._failure = error
             return

@@ -86,7 +86,7 @@ def read_index(index: FilePath) -> Iterator[list[IndexEntry]]:
     """The chunks of an index file, in key order."""
     with index.open("rb") as file:
         while head := file.read(_LENGTH.size):
-            yield msgpack.unpackb(file.read(_LENGTH.unpack(head)[0]), use_list=False)
+            yield list(msgpack.unpackb(file.read(_LENGTH.unpack(head)[0]), use_list=False))
 
 
 def _chunks(records: list[tuple[Path, Cid, int, int]]) -> Iterable[list[tuple[Path, Cid, int, int]]]:

@@ -1,0 +1,238 @@
+"""A repository from asked for to synced, and again."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from indexer.atproto.cid import parse_cid
+from indexer.simulator.account import Account
+from indexer.simulator.keys import SigningKey
+from indexer.store.codecs import AccountStatus, SyncState
+from indexer.store.transaction import Transaction
+from tests.backfill.world import Host, World, account, answer_car, cids_of, edit, rev
+from tests.paths import shared_data
+
+POST = "app.bsky.feed.post/"
+LIKE = "app.bsky.feed.like/"
+
+
+def posts(count: int, first: int = 0) -> dict[str, str]:
+    return {f"{POST}3k{number:011d}": f"text {number}" for number in range(first, first + count)}
+
+
+async def test_a_requested_repository_is_fetched_and_synced(tmp_path: Path) -> None:
+    one = account("one", posts(12) | {"app.bsky.actor.profile/self": "me"})
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        assert await world.backfill.add([one.did]) == [one.did]
+        await world.running(lambda: world.row(one).state is SyncState.SYNCED)
+        row = world.row(one)
+        assert world.records(one) == cids_of(one)
+        assert (row.complete, row.rev, row.data, row.commit) == (True, one.rev, bytes(one.data), one.commit)
+        assert (row.pds, row.signing_key) == (host.url, one.key.did_key)
+        assert (row.due, row.attempt, row.error) == (0, 0, "")
+        assert world.events(one) == [("create", path, one.rev) for path in sorted(one.records)]
+        assert all(world.db.block(one.did, record.cid) == record.block for record in one.records.values())
+        assert world.spooled() == []
+        assert world.db.count("backfill/done/ok") == 1
+        assert world.backfill.status()["done"] == 1
+
+
+async def test_nothing_is_fetched_before_the_state_is_stored(tmp_path: Path) -> None:
+    one = account("one", posts(1))
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        seen = []
+
+        async def look() -> None:
+            seen.append(world.row(one).state)
+
+        host.answers[one.did] = answer_car(one, look)
+        await world.fetch(one)
+        assert seen == [SyncState.BACKFILLING]
+
+
+async def test_a_second_fetch_tells_only_what_changed(tmp_path: Path) -> None:
+    one = account("one", posts(20) | {LIKE + "3kaaaaaaaaaaa": "x"})
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        await world.fetch(one)
+        before = len(world.events(one))
+        changed, gone, new = f"{POST}3k{3:011d}", f"{POST}3k{4:011d}", f"{POST}3k{99:011d}"
+        edit(one, 2, {changed: "changed", gone: None, new: "new", LIKE + "3kaaaaaaaaaaa": None})
+        host.serve(one)
+        await world.fetch(one)
+        assert world.records(one) == cids_of(one)
+        assert sorted(world.events(one)[before:]) == sorted(
+            [
+                ("update", changed, rev(2)),
+                ("delete", gone, rev(2)),
+                ("create", new, rev(2)),
+                ("delete", LIKE + "3kaaaaaaaaaaa", rev(2)),
+            ]
+        )
+        assert world.db.count("records") == len(one.records)
+
+
+async def test_the_same_repository_again_tells_nothing(tmp_path: Path) -> None:
+    one = account("one", posts(20))
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        await world.fetch(one)
+        before = world.events(one)
+        row = await world.fetch(one)
+        assert host.asked == [one.did] * 2
+        assert world.events(one) == before
+        assert row.state is SyncState.SYNCED
+
+
+async def test_an_emptied_repository_deletes_everything(tmp_path: Path) -> None:
+    one = account("one", posts(23))
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        await world.fetch(one)
+        host.serve(edit(one, 2, dict.fromkeys(one.records)))
+        row = await world.fetch(one)
+        assert world.records(one) == {}
+        assert (row.state, row.complete, row.rev) == (SyncState.SYNCED, True, rev(2))
+
+
+async def test_only_wanted_collections_are_kept(tmp_path: Path) -> None:
+    one = account("one", posts(3) | {LIKE + "3kaaaaaaaaaaa": "x"})
+    async with Host() as host, World(tmp_path, host, filter={"collections": ["app.bsky.feed.post"]}) as world:
+        host.serve(one)
+        row = await world.fetch(one)
+        assert sorted(world.records(one)) == sorted(posts(3))
+        assert (row.state, row.complete) == (SyncState.SYNCED, False)
+
+
+async def test_records_stored_before_the_filter_go_only_when_they_changed(tmp_path: Path) -> None:
+    likes = {
+        LIKE + "3kaaaaaaaaaaa": "same",
+        LIKE + "3kaaaaaaaaaab": "will change",
+        LIKE + "3kaaaaaaaaaac": "goes",
+    }
+    one = account("one", posts(2) | likes)
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        await world.fetch(one)
+        await world.writer.run("filter", _keep_posts)
+        host.serve(edit(one, 2, {LIKE + "3kaaaaaaaaaab": "changed", LIKE + "3kaaaaaaaaaac": None}))
+        await world.fetch(one)
+        assert sorted(world.records(one)) == sorted([*posts(2), LIKE + "3kaaaaaaaaaaa"])
+
+
+def _keep_posts(tx: Transaction) -> None:
+    for item in ("", "app.bsky.feed.post"):
+        tx.set_filter("collections", item)
+
+
+async def test_a_flagged_record_keeps_its_row_and_is_not_served(tmp_path: Path) -> None:
+    one = account("one", posts(2) | {LIKE + "3kaaaaaaaaaaa": "y" * 1_000_100})
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        row = await world.fetch(one)
+        stored = world.db.record(one.did, LIKE + "3kaaaaaaaaaaa")
+        assert stored is not None
+        assert not stored.served
+        assert (row.state, row.complete) == (SyncState.SYNCED, False)
+        assert world.db.count("records") == 2
+        assert len(world.events(one)) == 2
+
+
+async def test_a_synced_repository_is_not_fetched_again_for_being_asked_for_again(tmp_path: Path) -> None:
+    one = account("one", posts(1))
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        await world.fetch(one)
+        assert await world.backfill.add([one.did]) == []
+        assert world.row(one).state is SyncState.SYNCED
+
+
+async def test_waiting_frames_are_left_to_the_drain(tmp_path: Path) -> None:
+    one = account("one", posts(7))
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        await world.backfill.add([one.did])
+        await world.buffer(one, 2)
+        row = await world.fetch(one)
+        assert world.drained == [one.did]
+        assert (row.state, row.rev) == (SyncState.SYNCED, rev(1))
+
+
+async def test_a_drain_that_could_not_finish_is_tried_again_without_a_fetch(tmp_path: Path) -> None:
+    one = account("one", posts(7))
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        await world.backfill.add([one.did])
+        await world.buffer(one, 2)
+        world.can_drain = False
+        row = await world.fetch(one)
+        assert (row.state, row.error.partition(":")[0]) == (SyncState.BACKFILLING, "drain")
+        world.can_drain = True
+        row = await world.fetch(one)
+        assert row.state is SyncState.SYNCED
+        assert host.asked == [one.did]
+
+
+async def test_frames_dropped_during_the_fetch_make_it_desynchronized(tmp_path: Path) -> None:
+    one = account("one", posts(7))
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+
+        async def overflow(name: str) -> None:
+            if name == "backfill_apply":
+                world.writer.hook = None
+                await world.change(one, min_rev=rev(9))
+
+        world.writer.hook = overflow
+        row = await world.fetch(one)
+        assert row.state is SyncState.DESYNCHRONIZED
+        assert row.due > 0
+        assert (row.rev, row.min_rev) == (rev(1), rev(9))
+        assert world.records(one) == cids_of(one)
+
+
+async def test_a_wipe_in_the_middle_ends_the_job_without_a_trace(tmp_path: Path) -> None:
+    one = account("one", posts(23))
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+
+        async def wipe(name: str) -> None:
+            if name == "backfill_apply":
+                world.writer.hook = None
+                await world.writer.run("wipe", lambda tx: tx.wipe_repo(one.did, AccountStatus.DELETED))
+
+        world.writer.hook = wipe
+        row = await world.fetch(one)
+        assert world.records(one) == {}
+        assert (row.tracked, row.rev, row.epoch) == (False, "", 1)
+        assert world.backfill.status()["done"] == 0
+
+
+async def test_an_unfollowed_repository_is_not_applied(tmp_path: Path) -> None:
+    one = account("one", posts(3))
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        host.answers[one.did] = answer_car(one, lambda: world.change(one, tracked=False, due=0))
+        await world.fetch(one)
+        assert world.records(one) == {}
+
+
+@pytest.mark.parametrize("name", ["empty", "ten", "kilo"])
+async def test_real_repositories(tmp_path: Path, name: str) -> None:
+    truth = json.loads(gzip.decompress(shared_data(f"repos/{name}.truth.json.gz").read_bytes()))["accounts"][
+        0
+    ]
+    one = Account(truth["did"], "x.test", 0, SigningKey.derive("k256", "unused"))
+    async with Host() as host, World(tmp_path, host, backfill={"chunk_records": 100}) as world:
+        host.cars[one.did] = shared_data(f"repos/{name}.car").read_bytes()
+        host.keys[one.did] = truth["signingKey"].removeprefix("did:key:")
+        row = await world.fetch(one)
+        assert (row.state, row.complete, row.rev) == (SyncState.SYNCED, True, truth["rev"])
+        assert row.data == parse_cid(truth["data"])
+        assert world.records(one) == {path: parse_cid(cid) for path, cid in truth["records"].items()}
