@@ -129,6 +129,10 @@ class _Check:
             if event.time_us <= last_time:
                 self.problem(f"events: time of {event.id} is not after that of {last_id}")
             last_time, last_id = event.time_us, event.id
+            if not self._current(event) and self.reads.get(CURSORS, keyspaces.WIPE + event.did) is None:
+                self.problem(
+                    f"events: {event.id} is of epoch {event.epoch} of {event.did}, with no wipe under way"
+                )
         if self.did is None:
             self.totals["events"] = self.seen["events"]
 
@@ -233,10 +237,7 @@ class _Check:
     # ---- totals
 
     def counts(self) -> None:
-        stored: dict[str, int] = {}
-        for name, count in self.reads.scan(COUNTS):
-            if name.startswith(EXACT):
-                stored[name] = count
+        stored = {name: count for name, count in self.reads.scan(COUNTS) if name.startswith(EXACT)}
         for name in sorted(stored.keys() | self.totals.keys()):
             if self.did is not None and self.did not in name:
                 continue

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import structlog
 
 from indexer.atproto.types import Cid, Did
-from indexer.config import Settings
+from indexer.config import GcSettings
 from indexer.store.codecs import decode_cid_key, encode_cid_key
 from indexer.store.database import Database
 from indexer.store.keyspaces import BLOCKS, GC_QUEUE
@@ -64,7 +64,7 @@ class BlocksGcWorker(Worker):
 
     name = "blocks_gc"
 
-    def __init__(self, db: Database, writer: Writer, settings: Settings) -> None:
+    def __init__(self, db: Database, writer: Writer, settings: GcSettings) -> None:
         super().__init__(db, writer, settings)
         self.last: GcReport | None = None
         self.reclaimed = 0

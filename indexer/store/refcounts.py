@@ -13,7 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 from indexer.atproto.types import Cid, Did
-from indexer.config import Settings
+from indexer.config import GcSettings
 from indexer.store.codecs import encode_u64
 from indexer.store.database import Database
 from indexer.store.keyspaces import BLOCK_REFS, CHECKPOINT, GC_QUEUE, REFLOG
@@ -45,7 +45,7 @@ class CheckpointWorker(Worker):
 
     name = "checkpoint"
 
-    def __init__(self, db: Database, writer: Writer, settings: Settings) -> None:
+    def __init__(self, db: Database, writer: Writer, settings: GcSettings) -> None:
         super().__init__(db, writer, settings)
         self.last: CheckpointReport | None = None
         self._totals = [0, 0, 0]

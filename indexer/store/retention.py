@@ -53,7 +53,7 @@ class RetentionWorker(Worker):
     name = "retention"
 
     def __init__(self, db: Database, writer: Writer, settings: Settings) -> None:
-        super().__init__(db, writer, settings)
+        super().__init__(db, writer, settings.gc)
         self._retention_s = settings.events.retention
         self.last: RetentionReport | None = None
         self.pruned = 0

@@ -14,7 +14,7 @@ from typing import Final
 
 import structlog
 
-from indexer.config import Settings
+from indexer.config import GcSettings
 from indexer.errors import WriterPoisoned
 from indexer.store.database import Database
 from indexer.store.writer import Writer
@@ -48,11 +48,11 @@ class Worker:
 
     name = "worker"
 
-    def __init__(self, db: Database, writer: Writer, settings: Settings) -> None:
+    def __init__(self, db: Database, writer: Writer, settings: GcSettings) -> None:
         self._db = db
         self._writer = writer
-        self._settings = settings.gc
-        self._pace = Pace(settings.gc.step_rows)
+        self._settings = settings
+        self._pace = Pace(settings.step_rows)
         self._turn = asyncio.Lock()  # passes of one worker do not overlap
         self.passes = 0
         self.failures = 0

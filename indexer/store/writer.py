@@ -146,6 +146,13 @@ class Writer:
             await self._write_cursors({keyspaces.CLEAN: 1})
         self._wake_readers()
 
+    async def abandon(self) -> None:
+        """Stop at once, as a kill would: nothing queued is committed, no mark is left."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     async def _write_cursors(self, rows: dict[str, Any]) -> None:
         handle = self.db.handles[keyspaces.CURSORS.name]
 
