@@ -30,17 +30,20 @@ class Options(NamedTuple):
 
 
 def timed(function: Callable[[], object], runs: int, *, least_s: float = 0.3) -> list[float]:
-    """Seconds a call, once a run; quick calls are repeated within a run until it lasts ``least_s``."""
-    start = time.perf_counter()
+    """Seconds of one core a call, one number a run; quick calls are repeated until a run lasts ``least_s``.
+
+    For single-threaded work without I/O: the process's own time, so that a busy neighbour does not count.
+    """
+    start = time.process_time()
     function()
-    once = time.perf_counter() - start
+    once = time.process_time() - start
     repeat = max(1, round(least_s / max(once, 1e-7)))
     seconds = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(repeat):
             function()
-        seconds.append((time.perf_counter() - start) / repeat)
+        seconds.append((time.process_time() - start) / repeat)
     return seconds
 
 
