@@ -43,6 +43,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 FORMAT: Final = 1  # of the bytes on disk; raised by a migration
+_SNAPSHOT_ROWS: Final = 256  # read from a snapshot's iterator at once
 OLDEST_READER: Final = 1  # the oldest program format that may read what we write
 
 
@@ -171,27 +172,73 @@ def decode(keyspace: Keyspace[K, V], key: K, raw: bytes) -> V:
 
 
 class Snapshot(Reads):
-    """One point in time over some keyspaces; a context manager, because it holds the lock."""
+    """One point in time over some keyspaces, for one thread; close it, because it holds the lock.
 
-    __slots__ = ("_snapshots",)
+    rocksdict 0.3.29 ignores the snapshot in iterators that are made after a write (only gets honour
+    it), so each keyspace's iterator is made with the snapshot, and scans take turns on it.
+    """
 
-    def __init__(self, snapshots: dict[str, Any]) -> None:
-        self._snapshots = snapshots
+    __slots__ = ("_iterators", "_snapshots")
+
+    def __init__(self, families: dict[str, Any]) -> None:
+        self._snapshots = {name: family.snapshot() for name, family in families.items()}
+        self._iterators = {name: family.iter() for name, family in families.items()}
 
     def raw_get(self, name: str, key: bytes) -> bytes | None:
-        options = rocksdict.ReadOptions()
-        options.set_iterate_upper_bound(key + b"\0")
-        cursor = self._snapshots[name].iter(options)
-        cursor.seek(key)
-        value: bytes | None = cursor.value() if cursor.valid() else None
+        try:
+            value: bytes = self._snapshots[name][key]
+        except KeyError:
+            raise
+        except Exception as error:
+            if "key not found" in str(error):
+                return None
+            raise rocks.translate(error, f"reading {name}") from error
         return value
 
     def raw_scan(
         self, name: str, start: bytes | None, stop: bytes | None, reverse: bool = False
     ) -> Iterator[tuple[bytes, bytes]]:
-        return scan_rows(self._snapshots[name], start, stop, reverse)
+        read = self._read_backwards if reverse else self._read
+        while rows := read(self._iterators[name], start, stop):
+            yield from rows
+            if len(rows) < _SNAPSHOT_ROWS:
+                return
+            if reverse:
+                stop = rows[-1][0]
+            else:
+                start = rows[-1][0] + b"\0"
+
+    @staticmethod
+    def _read(cursor: Any, start: bytes | None, stop: bytes | None) -> list[tuple[bytes, bytes]]:
+        rows: list[tuple[bytes, bytes]] = []
+        cursor.seek(start or b"")
+        while len(rows) < _SNAPSHOT_ROWS and cursor.valid():
+            key = cursor.key()
+            if stop is not None and key >= stop:
+                break
+            rows.append((key, cursor.value()))
+            cursor.next()
+        return rows
+
+    @staticmethod
+    def _read_backwards(cursor: Any, start: bytes | None, stop: bytes | None) -> list[tuple[bytes, bytes]]:
+        rows: list[tuple[bytes, bytes]] = []
+        if stop is None:
+            cursor.seek_to_last()
+        else:
+            cursor.seek_for_prev(stop)
+            if cursor.valid() and cursor.key() == stop:
+                cursor.prev()
+        while len(rows) < _SNAPSHOT_ROWS and cursor.valid():
+            key = cursor.key()
+            if start is not None and key < start:
+                break
+            rows.append((key, cursor.value()))
+            cursor.prev()
+        return rows
 
     def close(self) -> None:
+        self._iterators.clear()
         self._snapshots.clear()
 
     def __enter__(self) -> Self:
@@ -330,7 +377,7 @@ class Database(Reads):
         """One point in time over ``keyspaces`` (all when none is named). Take it on the writer's loop."""
         names = [keyspace.name for keyspace in keyspaces] or list(KEYSPACES)
         with rocks.translated("taking a snapshot"):
-            return Snapshot({name: self._families[name].snapshot() for name in names})
+            return Snapshot({name: self._families[name] for name in names})
 
     # ---- upkeep
 

@@ -10,7 +10,7 @@ from indexer.errors import StoreCorrupt, StoreLocked, StoreModeMismatch, StoreVe
 from indexer.store.codecs import Mode, pack
 from indexer.store.database import FORMAT, Database
 from indexer.store.keyspaces import CURSORS, KEYSPACES, RECORDS
-from tests.store.support import ALICE, BOB, SYNCED, opened
+from tests.store.support import ALICE, BOB, REV, SYNCED, opened, put_step
 
 
 def put_cursor(path: Path, name: str, value: object) -> None:
@@ -136,6 +136,25 @@ async def test_a_snapshot_stays_at_its_point_in_time(tmp_path: Path) -> None:
             assert snapshot.count("records") == 1
             assert snapshot.multi_get(RECORDS, [(ALICE, "a.b.c/0"), (ALICE, "a.b.c/1")])[0] is None
         assert len(store.db.records(ALICE)) == 2
+
+
+async def test_scans_of_a_snapshot_are_as_whole_as_its_gets(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        paths = [f"a.b.c/{number:04d}" for number in range(600)]
+        await store.do(*[put_step(ALICE, path, path) for path in paths])
+        with store.db.snapshot() as snapshot:
+            await store.do(*[lambda tx, p=p: tx.delete_record(ALICE, p, REV, live=True) for p in paths[::2]])  # type: ignore[misc]
+            await store.put(ALICE, "a.b.c/0000a", "new")
+            assert [path for path, _ in snapshot.records(ALICE)] == paths
+            assert [path for path, _ in snapshot.records(ALICE, reverse=True)] == paths[::-1]
+            assert [path for path, _ in snapshot.records(ALICE, "a.b.c", start="0300", stop="0302")] == paths[
+                300:302
+            ]
+            nested = [
+                (a, b) for (a, _), (b, _) in zip(snapshot.scan(RECORDS), snapshot.scan(RECORDS), strict=True)
+            ]
+            assert [path for (_, path), _ in nested] == paths
+            assert all(a == b for a, b in nested)
 
 
 def test_scans_go_both_ways_within_bounds(tmp_path: Path) -> None:
