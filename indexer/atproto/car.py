@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from mmap import mmap
 from typing import Final, NamedTuple
 
 from indexer.atproto.cid import CID_LENGTH, DAG_CBOR_PREFIX, RAW_PREFIX, cid_fault, format_cid
@@ -35,7 +36,7 @@ DEFAULT_LIMITS: Final = Limits()
 
 
 class Car(NamedTuple):
-    """An archive in memory. Of a CID that occurs twice the one copy is kept (they are equal: both were hashed)."""
+    """An archive in memory. Of a block that occurs twice one copy is kept."""
 
     roots: tuple[Cid, ...]
     blocks: dict[Cid, bytes]
@@ -56,7 +57,7 @@ def iter_blocks(
     return _sections(data, start, limits, verify)
 
 
-def read_header(data: bytes, limits: Limits = DEFAULT_LIMITS) -> tuple[tuple[Cid, ...], int]:
+def read_header(data: bytes | mmap, limits: Limits = DEFAULT_LIMITS) -> tuple[tuple[Cid, ...], int]:
     """(roots, offset of the first section)."""
     if len(data) > limits.max_bytes:
         raise CarError(f"CAR of {len(data)} bytes, more than {limits.max_bytes}", reason="car_size")
@@ -68,11 +69,11 @@ def read_header(data: bytes, limits: Limits = DEFAULT_LIMITS) -> tuple[tuple[Cid
     end = start + length
     if end > len(data):
         raise CarError(f"CAR ends inside its header, at {len(data)} of {end} bytes", reason="car_truncated")
-    return parse_header(bytes(data[start:end])), end
+    return parse_header(data[start:end]), end
 
 
 def parse_header(header: bytes) -> tuple[Cid, ...]:
-    """The roots named by a CARv1 header. The first is a CID as repositories use it; others may be anything."""
+    """The roots named by a CARv1 header. The first must be a CID of our kind; the others may be anything."""
     try:
         value = decode(header)
         if encode(value) != header:
@@ -92,7 +93,7 @@ def parse_header(header: bytes) -> tuple[Cid, ...]:
     return tuple(roots)
 
 
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
+def read_varint(data: bytes | mmap, at: int) -> tuple[int, int]:
     """(value, offset behind it) of the unsigned varint at offset ``at``."""
     value = shift = 0
     for offset in range(at, min(at + _MAX_VARINT_BYTES, len(data))):
@@ -169,13 +170,13 @@ class CarSplitter:
         self.blocks = 0
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Bytes taken so far."""
         return self._offset + len(self._buffer)
 
     def feed(self, chunk: bytes) -> list[tuple[Cid, bytes]]:
         """The blocks that ``chunk`` completes."""
-        if self.bytes + len(chunk) > self._limits.max_bytes:
+        if self.size + len(chunk) > self._limits.max_bytes:
             raise CarError(f"CAR is longer than {self._limits.max_bytes} bytes", reason="car_size")
         self._buffer += chunk
         if len(self._buffer) < self._need:
@@ -198,7 +199,7 @@ class CarSplitter:
     def close(self) -> None:
         """Raise `CarError` unless the archive ended where a section ended."""
         if self.roots is None:
-            raise CarError(f"CAR ends inside its header, at {self.bytes} bytes", reason="car_truncated")
+            raise CarError(f"CAR ends inside its header, at {self.size} bytes", reason="car_truncated")
         if self._buffer:
             raise CarError(
                 f"CAR ends inside the section at offset {self._offset}: {len(self._buffer)} bytes of it",
@@ -216,7 +217,9 @@ class CarSplitter:
             raise CarError(f"at offset {self._offset}: {error}", reason=error.reason) from error
         if self.roots is None:
             if length > self._limits.max_header:
-                raise CarError(f"CAR header of {length} bytes at offset 0, more than {self._limits.max_header}")
+                raise CarError(
+                    f"CAR header of {length} bytes at offset 0, more than {self._limits.max_header}"
+                )
         else:
             check_section(self._offset + at, length, self._limits.max_block + CID_LENGTH)
         self._need = start + length

@@ -1,7 +1,7 @@
 """Commit objects: decoding with the bytes reproduced exactly, signed bytes, signature.
 
 A commit has six fields and nothing else, so its canonical bytes are put together by hand here and compared:
-that covers field names and order, minimal lengths, links that are links and byte strings that are byte strings.
+that covers field names and order, minimal lengths, and links and byte strings that are what they seem.
 (The general encoder cannot be used for it: a signature may look like a CID.) Pure functions, any thread.
 """
 
@@ -67,7 +67,9 @@ def _check_fields(value: dict[str, Any]) -> None:
     data, prev = value["data"], value["prev"]
     if type(data) is not bytes or len(data) != CID_LENGTH or data[:4] != DAG_CBOR_PREFIX:
         raise CommitError("commit data is not a link to a DAG-CBOR block with SHA-256")
-    if prev is not None and (type(prev) is not bytes or len(prev) != CID_LENGTH or prev[:4] != DAG_CBOR_PREFIX):
+    if prev is not None and (
+        type(prev) is not bytes or len(prev) != CID_LENGTH or prev[:4] != DAG_CBOR_PREFIX
+    ):
         raise CommitError("commit prev is neither null nor a link to a DAG-CBOR block with SHA-256")
 
 
@@ -113,4 +115,6 @@ def verify_commit_signature(block: bytes, key: DidKey) -> None:
 def check_signature(commit: Commit, key: DidKey) -> None:
     """`verify_commit_signature` of a commit that is decoded already."""
     if not crypto.verify(key, unsigned_bytes(commit), commit.sig):
-        raise SignatureInvalid(f"the signature of commit {commit.rev} of {commit.did} does not verify with {key}")
+        raise SignatureInvalid(
+            f"the signature of commit {commit.rev} of {commit.did} does not verify with {key}"
+        )

@@ -51,7 +51,7 @@ def decode(data: bytes) -> Any:
 
 
 def decode_canonical(data: bytes) -> Any:
-    """As `decode`, and the bytes must be exactly what encoding the value gives; no floats, ints within 64 bit."""
+    """As `decode`, and encoding the value must give the same bytes; no floats, integers within 64 bits."""
     value = decode(data)
     if encode_exact(decode_exact(data)) != data:
         raise DagCborError("not in canonical form: encoding the value again gives other bytes")
@@ -74,7 +74,11 @@ def decode_exact(data: bytes) -> Any:
 
 def _may_hold_long_tags(data: bytes) -> bool:
     # libipld also takes tag 42 in a longer head (d9 00 2a and so on).
-    return b"\xd9\x00\x2a" in data or b"\xda\x00\x00\x00\x2a" in data or b"\xdb\x00\x00\x00\x00\x00\x00\x00\x2a" in data
+    return (
+        b"\xd9\x00\x2a" in data
+        or b"\xda\x00\x00\x00\x2a" in data
+        or b"\xdb\x00\x00\x00\x00\x00\x00\x00\x2a" in data
+    )
 
 
 def _link_of(*arguments: Any) -> Link:
@@ -167,7 +171,7 @@ def _reason(error: Exception) -> str:
 
 
 def record_to_json(block: bytes) -> bytes:
-    """The JSON form of a record block: links as ``{"$link"}``, byte strings as ``{"$bytes"}`` (no padding)."""
+    """The JSON form of a record block: ``{"$link": …}`` for links, ``{"$bytes": …}`` (unpadded) for bytes."""
     try:
         if _TAG not in block and not _may_hold_long_tags(block):
             return orjson.dumps(_decode(block), default=_bytes_json)
@@ -199,8 +203,11 @@ def format_link(cid: bytes) -> str:
 
 
 def record_from_json(value: Any) -> bytes:
-    """The canonical block of a record given as JSON values (``$link``, ``$bytes``); `RecordInvalid` when it
-    breaks the data model. Floats that are whole numbers count as integers, as JSON does not tell them apart."""
+    """The canonical block of a record given as JSON values (``$link``, ``$bytes``).
+
+    `RecordInvalid` when it breaks the data model. A float that is a whole number counts as an integer: JSON
+    does not tell the two apart.
+    """
     if not isinstance(value, dict):
         raise RecordInvalid(f"a record is an object, not {type(value).__name__}")
     try:
@@ -230,7 +237,9 @@ def _from_json(value: Any, depth: int) -> Any:
 def _special(value: dict[str, Any]) -> bytes:
     ((name, text),) = value.items() if len(value) == 1 else ((None, None),)
     if name is None or not isinstance(text, str):
-        raise RecordInvalid(f"$link and $bytes stand alone in their object, with a string: {str(value)[:100]}")
+        raise RecordInvalid(
+            f"$link and $bytes stand alone in their object, with a string: {str(value)[:100]}"
+        )
     if name == "$link":
         try:
             return Link(parse_cid(text))
@@ -243,11 +252,6 @@ def _special(value: dict[str, Any]) -> bytes:
 
 
 # --- Data model -------------------------------------------------------------------------------------------
-
-# Bytes that may open a float, a tag in a long head or an 8-byte integer, or (as UTF-8) stand in a text: a block
-# without them needs no look at its numbers.
-_NUMBERS: Final = bytes((0xFB, 0x1B, 0x3B))
-_CONTAINERS: Final = bytes(range(0x80, 0xC0))
 
 
 def check_record(block: bytes, *, max_bytes: int = MAX_RECORD_BYTES, max_depth: int = MAX_DEPTH) -> None:

@@ -1,11 +1,11 @@
 """Taking a commit back: from its root, a partial tree and its operations to the root before it. Hot.
 
-An inversion that ends in a verified earlier root proves the part of the tree that it never touched, because that
-part stands in the earlier tree by its hash. What it does touch is held to every tree rule as it stands in the
-*new* tree, before it is changed: form, layer, bounds, no empty node, the root has an entry. Nodes off the
-paths of the operations are never decoded, and a node of which only a child changed is re-encoded by
-exchanging that child's CID in its bytes. Source: the sync specification, section "Commit Validation: MST Operation
-Inversion". Pure, any thread.
+An inversion that ends in a verified earlier root proves the part of the tree that it never touched, because
+that part stands in the earlier tree by its hash. What it does touch is held to every tree rule as it stands
+in the *new* tree, before it is changed: form, layer, bounds, no empty node, the root has an entry. Nodes off
+the paths of the operations are never decoded, and a node of which only a child changed is re-encoded by
+exchanging that child's CID in its bytes. Source: the sync specification, "MST Operation Inversion". Pure, any
+thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_OPS: Final = 200
 
 
 class Op(NamedTuple):
-    """One operation of a commit: ``cid`` is the new record (None: deleted), ``prev`` the old (None: created)."""
+    """One operation of a commit: ``cid`` is the new record (None: deleted), ``prev`` the old (None: new)."""
 
     action: str
     path: Path
@@ -67,7 +67,7 @@ _Kid = Cid | _Part | None
 
 
 def check_ops(ops: Sequence[Op], max_ops: int = MAX_OPS) -> None:
-    """Raise `CommitError` unless the operations are well-formed and name no path twice (sync.md §2, row 14)."""
+    """Raise `CommitError` unless the operations are well-formed and name no path twice."""
     if len(ops) > max_ops:
         raise CommitError(f"{len(ops)} operations, more than {max_ops}", reason="ops_count")
     for op in ops:
@@ -99,10 +99,10 @@ def _op_fault(op: Op) -> str:
 def invert(root: Cid, blocks: Mapping[Cid, bytes], ops: Sequence[Op], expected: Cid | None = None) -> Cid:
     """The root before ``ops``, from the root after them and the nodes in ``blocks`` (hashes checked).
 
-    Two orders are tried, since a partial tree that suffices for one may not for the other: deletes first, each
-    group by path; then the message backwards. `MissingBlock`: the nodes do not suffice. `MstError`:
-    reason ``ops`` when the tree does not hold what the operations say, ``mst`` when it breaks a
-    rule, ``inversion`` when ``expected`` is given and the result is another root.
+    Two orders are tried, since a partial tree that suffices for one may not for the other: deletes first,
+    each group by path; then the message backwards. `MissingBlock`: the nodes do not suffice. `MstError`, with
+    reason ``ops``: the tree does not hold what the operations say; ``mst``: it breaks a rule; ``inversion``:
+    ``expected`` is given and the result is another root.
     """
     ordered = sorted(ops, key=_sorted_order)
     try:
@@ -239,20 +239,17 @@ class _Inversion:
         node = load_node(cid, self._blocks.get)
         check_place(cid, node, layer)
         keys = node.keys
-        if keys and (keys[0] <= low or high is not None and keys[-1] >= high):
+        if keys and (keys[0] <= low or (high is not None and keys[-1] >= high)):
             raise MstError(f"{describe(cid)} has keys outside of its parent's bounds")
         return _Part(layer, *node, cid, self._blocks[cid])  # type: ignore[arg-type]
 
     # --- changing the shape ---
 
-    def _merge(
-        self, left: _Kid, right: _Kid, key: bytes, layer: int, low: bytes, high: bytes | None
-    ) -> _Kid:
+    def _merge(self, left: _Kid, right: _Kid, key: bytes, layer: int, low: bytes, high: bytes | None) -> _Kid:
         """One subtree of the two that touch once ``key`` between them is gone."""
-        if left is None:
-            return right
-        if right is None:
-            return left
+        if left is None or right is None:
+            self._check_edge(left, right, key, layer, low, high)
+            return left or right
         if type(left) is bytes:
             left = self._load(left, layer, low, key)
         if type(right) is bytes:
@@ -268,9 +265,29 @@ class _Inversion:
             [*left.kids[:-1], inner, *right.kids[1:]],
         )  # fmt: skip
 
-    def _split(
-        self, kid: _Kid, key: bytes, layer: int, low: bytes, high: bytes | None
-    ) -> tuple[_Kid, _Kid]:
+    def _check_edge(
+        self, left: _Kid, right: _Kid, key: bytes, layer: int, low: bytes, high: bytes | None
+    ) -> None:
+        """The only subtree beside ``key`` must lie on its side of it, as far down as its nodes were sent.
+
+        Inversion does not need these nodes, so their absence is no fault. What could hide there is a key out
+        of order, never another record: the entries are those of the earlier tree and of the operations.
+        """
+        kid = right if left is None else left
+        if left is None:
+            low = key
+        else:
+            high = key
+        while kid is not None:
+            if type(kid) is bytes:
+                if kid not in self._blocks:
+                    return
+                kid = self._load(kid, layer, low, high)
+            assert isinstance(kid, _Part)
+            kid = kid.kids[0] if left is None else kid.kids[-1]
+            layer -= 1
+
+    def _split(self, kid: _Kid, key: bytes, layer: int, low: bytes, high: bytes | None) -> tuple[_Kid, _Kid]:
         """The parts of a subtree before and behind ``key``."""
         if kid is None:
             return None, None
@@ -301,7 +318,7 @@ class _Inversion:
             if unseen:
                 raise MissingBlock(f"{describe(result)}, left on top, is missing", cid=result)
             raise MstError(
-                f"taking the operations back gives the root {format_cid(result)} instead of {format_cid(expected)}",
+                f"taking the operations back gives the root {format_cid(result)}, not {format_cid(expected)}",
                 reason="inversion",
             )
         return result

@@ -236,8 +236,7 @@ def _descend(root: Cid, path: Path, get: Get) -> tuple[list[Cid], Cid | None]:
         return way, None
     layer = root_layer(root, node)
     target = key_layer(key)
-    low: bytes | None = None
-    high: bytes | None = None
+    low, high = b"", b"\xff"
     while True:
         index = bisect_left(node.keys, key)
         if index < len(node.keys) and node.keys[index] == key:
@@ -249,6 +248,6 @@ def _descend(root: Cid, path: Path, get: Get) -> tuple[list[Cid], Cid | None]:
         high = node.keys[index] if index < len(node.keys) else high
         node, layer = load_node(kid, get), layer - 1
         check_place(kid, node, layer)
-        if node.keys and (low is not None and node.keys[0] <= low or high is not None and node.keys[-1] >= high):
+        if node.keys and (node.keys[0] <= low or node.keys[-1] >= high):
             raise MstError(f"{describe(kid)} has keys outside of its parent's bounds")
         way.append(kid)

@@ -108,7 +108,7 @@ def split_node(block: bytes) -> Node:
 
 
 def are_tree_keys(keys: Sequence[bytes]) -> bool:
-    """Whether all keys have the form of tree keys: two parts of the permitted characters, at most 830 bytes."""
+    """Whether all keys have the form of tree keys: two parts of permitted characters, at most 830 bytes."""
     if not keys:
         return True
     joined = b"\n".join(keys)
