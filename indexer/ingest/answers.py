@@ -1,0 +1,132 @@
+"""Steps on the writer for what the network answered: identities, statuses, revs.
+
+Owns what an answer does to the row, the log and the buffer. Leaves out asking (`identities`, `drain`). Every
+function runs inside the writer's turn and meets the row as it is by then, not as it was when asked.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from indexer.atproto.types import Did, Rev
+from indexer.errors import IdentityGone
+from indexer.identity.resolver import Identity
+from indexer.ingest.account import CHECKED
+from indexer.ingest.apply import Applier, with_identity
+from indexer.ingest.machine import Situation, desynchronized, drained
+from indexer.ingest.tools import Tools
+from indexer.store.codecs import AccountStatus, AccountWord, RepoRow, SyncState, Work
+from indexer.store.transaction import Transaction
+
+
+class Answers:
+    """The steps, with what they share."""
+
+    def __init__(self, tools: Tools, applier: Applier) -> None:
+        self._tools = tools
+        self._applier = applier
+        self._first_sight_us = int(tools.settings.ingest.first_sight_wait * 1_000_000)
+
+    def learned(self, tx: Transaction, did: Did, identity: Identity) -> None:
+        """The directory answered. With frames waiting, `Work.RESOLVE` stays until they are replayed."""
+        row = tx.repo(did)
+        if row is None:
+            return
+        new = self._with_identity(tx, did, row, identity)
+        if new.state is not SyncState.BACKFILLING:
+            if tx.buffer_size(did)[0]:
+                new = new._replace(work=new.work | Work.RESOLVE)
+            else:
+                new = self.at_rest(tx, did, new, resolved=True)
+        self._store(tx, did, row, new)
+
+    def gone(self, tx: Transaction, did: Did, error: IdentityGone) -> None:
+        """An authoritative no: what waits is refused; a deleted identity takes its repository along."""
+        row = tx.repo(did)
+        if row is None:
+            return
+        for waiting in tx.buffered(did):
+            tx.add_count(f"ingest/{waiting.source}/reject/identity", 1)
+        tx.drop_buffered(did)
+        self._tools.routes.forget(did)
+        if error.tombstone:
+            self.purge(tx, did)
+            return
+        work = row.work & ~(Work.RESOLVE | Work.CHECK_STATUS | Work.COMPARE_REV)
+        new = row._replace(signing_key="", pds="", work=work, error=f"identity_gone: {error}"[:500])
+        self._store(tx, did, row, new)
+
+    def checked(self, tx: Transaction, did: Did, identity: Identity, status: AccountStatus | None) -> None:
+        """The account's PDS told its status; None where its answer says nothing."""
+        row = tx.repo(did)
+        if row is None:
+            return
+        new = self._with_identity(tx, did, row, identity)
+        new = new._replace(work=(new.work | row.work & Work.RESOLVE) & ~Work.CHECK_STATUS)
+        words = [word for word in tx.account_words(did) if word.source != CHECKED]
+        if status is AccountStatus.DELETED and all(word.status is not status for word in words):
+            status = None  # a host that does not know an account has not said that it was deleted
+        if status is not None:
+            word = AccountWord(CHECKED, status, status.active, 0, tx.now_us)
+            tx.set_account_word(did, *word)
+            new = self._applier.with_words(tx, did, new, [*words, word], {})
+        self._store(tx, did, row, new)
+        if status is AccountStatus.DELETED and new.status is AccountStatus.DELETED and row.rev:
+            self.purge(tx, did)
+
+    def purge(self, tx: Transaction, did: Did) -> None:
+        """The account is deleted for certain: its content goes, its row stays to be asked."""
+        self._tools.routes.forget(did)
+        tx.wipe_repo(did, AccountStatus.DELETED)
+        row = tx.repo(did)
+        if row is not None:
+            tx.set_repo(did, row._replace(tracked=True))
+
+    def compared(self, tx: Transaction, did: Did, rev: Rev | None) -> None:
+        """The host told its rev (None: it did not); newer than ours means that we missed something."""
+        row = tx.repo(did)
+        if row is None:
+            return
+        new = row._replace(work=row.work & ~Work.COMPARE_REV)
+        if rev is not None and rev > row.rev and row.status.active and row.state is not SyncState.BACKFILLING:
+            situation = Situation(tx.now_us, self._applier.ephemeral)
+            if row.state is SyncState.SYNCED:
+                new = desynchronized(new, "compare_rev", situation)
+            elif not row.due and not situation.ephemeral:
+                new = new._replace(due=situation.now_us)
+        self._store(tx, did, row, new)
+
+    def at_rest(self, tx: Transaction, did: Did, row: RepoRow, *, resolved: bool) -> RepoRow:
+        """The row when nothing waits for the repository; ``resolved``: its identity is as of now."""
+        row = drained(row, Situation(tx.now_us, self._applier.ephemeral), self._first_sight_us)
+        if resolved and did not in self._tools.hints:
+            return row._replace(work=row.work & ~Work.RESOLVE)
+        return row
+
+    def _with_identity(self, tx: Transaction, did: Did, row: RepoRow, identity: Identity) -> RepoRow:
+        """The row with its identity; another PDS may change whose word on the status counts."""
+        moved = row.pds != identity.pds
+        if row.signing_key != identity.signing_key:
+            self._tools.routes.forget(did)
+        new = with_identity(tx, did, row, identity)
+        if did in self._tools.hints:
+            new = new._replace(work=new.work | Work.RESOLVE)
+        if moved:
+            new = self._applier.with_words(tx, did, new, tx.account_words(did), {})
+            if new.status is not row.status and not new.status.active:
+                new = new._replace(work=new.work | Work.CHECK_STATUS)
+        if new.error.startswith("identity_gone"):
+            new = new._replace(error="")
+        return new
+
+    @staticmethod
+    def _store(tx: Transaction, did: Did, old: RepoRow, new: RepoRow) -> None:
+        if new != old:
+            tx.set_repo(did, new)
+
+
+class Latest(NamedTuple):
+    """What a host says about a repository. ``status`` None: it did not say; ``rev`` likewise."""
+
+    status: AccountStatus | None
+    rev: Rev | None

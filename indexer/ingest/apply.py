@@ -1,0 +1,273 @@
+"""Steps on the writer: what an upstream's message changes in the store.
+
+Owns the bridge between pure decisions (`machine`, `account`) and the transaction's verbs. Every function
+runs inside the writer's turn, sees the rows as they are then, and must not wait. Whatever needs the
+network becomes a `Work` flag in the row and a wake-up for `identities`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from indexer.atproto.frames import AccountFrame, CommitFrame, IdentityFrame, SyncFrame
+from indexer.atproto.types import Did, DidKey, Seq
+from indexer.identity.resolver import Identity
+from indexer.ingest.account import effective, has_authority, is_stale, micros_of, status_of, with_status
+from indexer.ingest.filters import Filters
+from indexer.ingest.machine import LABELS, Act, Decision, Situation, decide, desynchronized
+from indexer.ingest.tools import Tools
+from indexer.ingest.verify import COMMIT, SYNC, Verdict
+from indexer.store.codecs import (
+    NEW_REPO,
+    OVERSIZE,
+    AccountWord,
+    FrameKind,
+    RepoRow,
+    SyncState,
+    Work,
+)
+from indexer.store.transaction import Transaction
+
+
+class Arrival(NamedTuple):
+    """A `#commit` or `#sync` on its way in. ``seq`` is 0 for one that comes from the buffer."""
+
+    source: str
+    seq: Seq
+    did: Did
+    frame: CommitFrame | SyncFrame
+    data: bytes  # the frame as it came
+    key: DidKey = ""  # what it was verified under, "" when it was not
+    identity: Identity | None = None  # where the key came from, when not from the row
+
+    @property
+    def kind(self) -> FrameKind:
+        return COMMIT if isinstance(self.frame, CommitFrame) else SYNC
+
+
+class Result(NamedTuple):
+    """What became of a message, for the counters."""
+
+    act: Act
+    reason: str
+
+
+_UNWANTED = Result(Act.DROP, "unwanted")
+
+
+class Applier:
+    """The steps, with what they share. ``wake`` is told of DIDs whose row has due work."""
+
+    def __init__(
+        self, filters: Filters, tools: Tools, wake: Callable[[Did], None], *, ephemeral: bool
+    ) -> None:
+        self.filters = filters
+        self.ephemeral = ephemeral
+        self._tools = tools
+        self._wake = wake
+
+    # ---- #commit and #sync
+
+    def frame(
+        self, tx: Transaction, arrival: Arrival, verdict: Verdict | None, *, fresh: bool = False
+    ) -> Result:
+        """One frame from an upstream; ``verdict`` is None where no key was known."""
+        did = arrival.did
+        row = self._followed(tx, did, arrival)
+        if row is None:
+            return _UNWANTED
+        if verdict is None or arrival.key != row.signing_key:
+            self._tools.routes.forget(did)
+            return self._unverified(tx, arrival, row)
+        waiting = bool(row.work & Work.RESOLVE) and tx.buffer_size(did)[0] > 0
+        situation = self._situation(tx, arrival, row)._replace(waiting=waiting, fresh=fresh)
+        return self._carry_out(tx, arrival, row, verdict, decide(row, verdict, situation))
+
+    def replay(
+        self, tx: Transaction, arrival: Arrival, row: RepoRow, verdict: Verdict, *, fresh: bool
+    ) -> Result:
+        """One frame from the buffer, whose row the caller has read. A `BUFFER` result left all as it was."""
+        situation = self._situation(tx, arrival, row)._replace(draining=True, fresh=fresh)
+        decision = decide(row, verdict, situation)
+        if decision.act is Act.BUFFER:
+            return Result(decision.act, decision.reason)
+        return self._carry_out(tx, arrival, row, verdict, decision)
+
+    def _situation(self, tx: Transaction, arrival: Arrival, row: RepoRow) -> Situation:
+        return Situation(
+            tx.now_us, ephemeral=self.ephemeral, authority=has_authority(arrival.source, row.pds)
+        )
+
+    def _carry_out(
+        self, tx: Transaction, arrival: Arrival, row: RepoRow, verdict: Verdict, decision: Decision
+    ) -> Result:
+        new = decision.row
+        reason = decision.reason
+        if decision.act is Act.APPLY:
+            new = self._write(tx, arrival, verdict, decision)
+            reason = reason or arrival.kind
+            self._tools.routes.put(arrival.did, new.signing_key, new.rev)
+        elif decision.act is Act.BUFFER:
+            new = self._buffer(tx, arrival, new, vouched=verdict.signed)
+        elif decision.act is Act.REJECT:
+            tx.quarantine(
+                arrival.source, arrival.seq, arrival.did, decision.reason, verdict.message, arrival.data
+            )
+        self._store(tx, arrival.did, row, new)
+        if decision.since_mismatch:
+            tx.add_count(f"ingest/{arrival.source}/note/since_mismatch", 1)
+        return Result(decision.act, reason)
+
+    def _write(self, tx: Transaction, arrival: Arrival, verdict: Verdict, decision: Decision) -> RepoRow:
+        """The frame's changes; gives the row with the commit block and `complete` filled in."""
+        did, frame, rev = arrival.did, arrival.frame, verdict.rev
+        if decision.gap:
+            tx.append_event("sync", did, rev=rev, fields={"seq": arrival.seq, "time": frame.time})
+        complete = decision.row.complete
+        filtered = bool(self.filters.collections)
+        blocks = frame.blocks
+        for action, path, cid, start, end, flags in verdict.ops:
+            if filtered and not self.filters.wants_collection(path.partition("/")[0]):
+                complete = False
+                if not self.ephemeral:  # kept from a time when the collection was wanted
+                    tx.delete_record(did, path, rev, live=True)
+            elif cid is None:
+                tx.delete_record(did, path, rev, live=True)
+            else:
+                complete = complete and not flags & OVERSIZE
+                tx.put_record(did, path, cid, blocks[start:end], rev, live=True, flags=flags, action=action)
+        begin, stop = verdict.commit
+        return decision.row._replace(commit=blocks[begin:stop], complete=complete)
+
+    def _unverified(self, tx: Transaction, arrival: Arrival, row: RepoRow) -> Result:
+        """No key, or one that is not the row's any more: the frame waits with its repository."""
+        if not row.status.active:
+            return Result(Act.DROP, "inactive")
+        if arrival.frame.rev <= row.rev:
+            return Result(Act.DROP, "stale_rev")
+        work = row.work
+        if row.state is not SyncState.BACKFILLING or not row.signing_key:
+            work |= Work.RESOLVE  # else it is replayed once the fetched repository is applied
+        new = self._buffer(tx, arrival, row._replace(work=work), vouched=False)
+        self._store(tx, arrival.did, row, new)
+        return Result(Act.BUFFER, "identity")
+
+    def _buffer(self, tx: Transaction, arrival: Arrival, row: RepoRow, *, vouched: bool) -> RepoRow:
+        """Keeps the frame; at the limit the buffer goes and only a fetch newer than it will do."""
+        rev = arrival.frame.rev
+        if tx.buffer_frame(arrival.did, rev, arrival.kind, arrival.source, arrival.data):
+            return row
+        tx.drop_buffered(arrival.did)
+        tx.add_count(f"ingest/{arrival.source}/drop/buffer_full", 1)
+        if row.state is SyncState.BACKFILLING and vouched:
+            return row._replace(min_rev=max(row.min_rev, rev))
+        situation = Situation(tx.now_us, ephemeral=self.ephemeral)
+        return desynchronized(row, "buffer_full", situation, rev if vouched else "")
+
+    def failed(self, tx: Transaction, arrival: Arrival, error: Exception) -> None:
+        """Stands in for a step that raised: the frame is set aside, its repository fetched anew."""
+        reason = getattr(error, "reason", "") or type(error).__name__
+        tx.quarantine(arrival.source, arrival.seq, arrival.did, reason, str(error), arrival.data)
+        row = tx.repo(arrival.did)
+        if row is not None and row.tracked:
+            situation = Situation(tx.now_us, ephemeral=self.ephemeral)
+            self._store(tx, arrival.did, row, desynchronized(row, reason, situation))
+
+    # ---- #identity and #account
+
+    def identity(self, tx: Transaction, source: str, frame: IdentityFrame) -> Result:
+        """A hint only: the row is marked, the directory is asked outside."""
+        row = self._followed(tx, frame.did)
+        if row is None:
+            return _UNWANTED
+        self._tools.hint(frame.did)
+        self._store(tx, frame.did, row, row._replace(work=row.work | Work.RESOLVE))
+        return Result(Act.APPLY, "identity")
+
+    def account(self, tx: Transaction, source: str, frame: AccountFrame) -> Result:
+        """A host's word; the effective status follows from all of them."""
+        did = frame.did
+        row = self._followed(tx, did)
+        if row is None:
+            return _UNWANTED
+        status = status_of(frame.active, frame.status)
+        word = AccountWord(source, status, frame.active, frame.seq, micros_of(frame.time))
+        words = {word.source: word for word in tx.account_words(did)}
+        if is_stale(word, words.get(source)):
+            return Result(Act.DROP, "stale_word")
+        tx.set_account_word(did, *word)
+        words[source] = word
+        trusted = has_authority(source, row.pds)
+        new = self.with_words(tx, did, row, list(words.values()), {"seq": frame.seq, "time": frame.time})
+        if not trusted:  # its PDS may have moved since we looked
+            new = new._replace(work=new.work | Work.RESOLVE)
+        elif not frame.active or not new.status.active:
+            new = new._replace(work=new.work | Work.CHECK_STATUS)
+        self._store(tx, did, row, new)
+        return Result(Act.APPLY, "account") if trusted else Result(Act.REJECT, "authority")
+
+    def with_words(
+        self, tx: Transaction, did: Did, row: RepoRow, words: list[AccountWord], fields: Mapping[str, Any]
+    ) -> RepoRow:
+        """The row under the status that ``words`` make; the log hears of a change."""
+        status = effective(words, row.pds)
+        if status is row.status:
+            return row
+        tx.append_event("account", did, fields={"active": status.active, "status": status.label, **fields})
+        return with_status(row, status, tx.now_us, ephemeral=self.ephemeral)
+
+    # ---- rows
+
+    def _followed(self, tx: Transaction, did: Did, arrival: Arrival | None = None) -> RepoRow | None:
+        """The repository's row if it is followed; one seen for the first time gets its row here."""
+        row = tx.repo(did)
+        if row is not None:
+            return row if row.tracked and not self.filters.is_excluded(did) else None
+        frame = arrival.frame if arrival is not None else None
+        if not self.wants_unknown(did, frame):
+            return None
+        return self._first_row(tx, did, arrival.identity if arrival is not None else None)
+
+    def wants_unknown(self, did: Did, frame: CommitFrame | SyncFrame | None) -> bool:
+        """Whether an account without a row is to be followed because of this frame."""
+        filters = self.filters
+        if filters.is_excluded(did):
+            return False
+        if filters.mode == "full":
+            return True
+        if not filters.signals or not isinstance(frame, CommitFrame):
+            return False
+        return any(filters.signals_match(op.path.partition("/")[0]) for op in frame.ops)
+
+    def _first_row(self, tx: Transaction, did: Did, identity: Identity | None) -> RepoRow:
+        row = NEW_REPO._replace(tracked=True, work=Work.RESOLVE)
+        if identity is not None:
+            row = with_identity(tx, did, row, identity)
+        row = self.with_words(tx, did, row, tx.account_words(did), {})
+        self._store(tx, did, None, row)
+        return row
+
+    def _store(self, tx: Transaction, did: Did, old: RepoRow | None, new: RepoRow) -> None:
+        if new == old:
+            return
+        tx.set_repo(did, new)
+        if new.work & ~(0 if old is None else old.work):
+            self._wake(did)
+
+
+def with_identity(tx: Transaction, did: Did, row: RepoRow, identity: Identity) -> RepoRow:
+    """The row with a resolved identity; the log hears of it when something changed."""
+    if (row.signing_key, row.pds, row.handle) != (identity.signing_key, identity.pds, identity.handle):
+        tx.append_event("identity", did, fields={"handle": identity.handle, "pds": identity.pds})
+    return row._replace(
+        signing_key=identity.signing_key,
+        pds=identity.pds,
+        handle=identity.handle,
+        work=row.work & ~Work.RESOLVE,
+    )
+
+
+def label(result: Result) -> str:
+    """``outcome/reason`` as in the counters' names."""
+    return f"{LABELS[result.act]}/{result.reason}"

@@ -1,0 +1,386 @@
+"""The path of one upstream's messages: decode, sort, verify in order-preserving batches, hand to the writer.
+
+Owns the intake (what is dropped unverified, which key a frame gets), the bounds on what is under way, and
+the order: steps reach the writer in the order in which the source sent their messages, each with the
+source's cursor. Leaves out sockets (`source`), what steps do (`apply`) and every wait for the network.
+Event loop only; verification runs in the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import structlog
+
+from indexer.atproto.frames import (
+    AccountFrame,
+    CommitFrame,
+    ErrorFrame,
+    IdentityFrame,
+    InfoFrame,
+    SyncFrame,
+    UnknownFrame,
+    decode_frame,
+)
+from indexer.atproto.types import Did, DidKey, Micros, Seq
+from indexer.errors import FrameError, UpstreamError, WorkerDied
+from indexer.identity.resolver import Identity
+from indexer.ingest.account import micros_of
+from indexer.ingest.apply import Applier, Arrival, Result, label
+from indexer.ingest.machine import Act
+from indexer.ingest.source import Upstream, lag_s
+from indexer.ingest.tools import Tools
+from indexer.ingest.verify import Item, Outcome, Verdict, verify_batch
+from indexer.store.transaction import Transaction
+
+log = structlog.get_logger()
+
+#: A replay from our cursor may repeat this many sequence numbers at most; more means a reset stream.
+OVERLAP = 1
+#: A jump of this much in the frames' own time across a reconnect means that frames may be lost.
+LOSS_US = 60 * 1_000_000
+#: Times that a connection may end at one and the same cursor by a frame that cannot be read.
+UNREADABLE_TRIES = 3
+
+
+class Message(NamedTuple):
+    """One message on its way. ``run`` does its work on the writer; ``item`` is what is verified for it."""
+
+    seq: Seq
+    did: Did
+    data: bytes
+    time: str
+    run: Callable[[Transaction, Verdict | None], Result]
+    arrival: Arrival | None = None
+    item: Item | None = None
+
+
+class Batch:
+    """Messages in order, and the verdicts on those that are verified."""
+
+    __slots__ = ("messages", "size", "verdicts")
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.size = 0
+        self.verdicts: asyncio.Task[list[Verdict]] | None = None
+
+
+class Pipeline:
+    """One upstream's path, from socket to writer."""
+
+    def __init__(self, upstream: Upstream, tools: Tools, applier: Applier) -> None:
+        self.upstream = upstream
+        self._tools = tools
+        self._applier = applier
+        self._settings = tools.settings.ingest
+        self._cursor_name = f"upstream/{upstream.name}"
+        self._time_name = f"upstream_time/{upstream.name}"
+        self._stored: Seq = tools.db.cursor(self._cursor_name) or 0
+        self._stored_time: Micros = tools.db.cursor(self._time_name) or 0
+        self._live_tail = False  # our cursor lies in the upstream's future
+        self._last_seq: Seq = 0  # of this connection
+        self._failed_at: tuple[Seq, int] = (-1, 0)
+        self._open = Batch()
+        self._queue: deque[Batch] = deque()
+        self._verifying = 0
+        self._bytes = 0
+        self._flush_planned = False
+        self._changed = asyncio.Condition()
+        self._ready = asyncio.Event()
+        self._connected = False
+        self._frames = 0
+        self._outcomes: Counter[str] = Counter()
+        self._last_time = ""
+        self._error = ""
+
+    # ---- the source's side
+
+    async def settled(self) -> Seq | None:
+        """Waits until everything received is committed; the cursor to continue from."""
+        self._flush()
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._bytes)
+        self._stored = self._tools.db.cursor(self._cursor_name) or 0
+        self._stored_time = self._tools.db.cursor(self._time_name) or 0
+        return None if self._live_tail or not self._stored else self._stored
+
+    def opened(self) -> None:
+        self._connected, self._error, self._last_seq = True, "", 0
+
+    def closed(self, reason: str, message: str) -> None:
+        self._connected, self._error = False, f"{reason}: {message}"
+        self._outcomes[f"connection/{reason}"] += 1
+
+    async def receive(self, data: bytes) -> None:
+        """One binary message. Raises `UpstreamError` or a fatal `FrameError` to end the connection."""
+        self._frames += 1
+        message = self._message(data)
+        if message is None:
+            return
+        if message.seq <= self._last_seq:
+            raise UpstreamError(f"seq {message.seq} after {self._last_seq}", name="seq_order")
+        if not self._last_seq:
+            self._first(message)
+        self._last_seq = message.seq
+        self._last_time = message.time or self._last_time
+        await self._take(message)
+
+    def status(self) -> dict[str, Any]:
+        """Figures for people: where the source stands and what became of its messages since the start."""
+        return {
+            "url": self.upstream.name,
+            "connected": self._connected,
+            "seq": self._last_seq or self._stored,
+            "lag_s": round(lag_s(micros_of(self._last_time) if self._last_time else 0), 3),
+            "frames": self._frames,
+            "in_flight_bytes": self._bytes,
+            "error": self._error,
+            "outcomes": dict(self._outcomes),
+        }
+
+    # ---- intake
+
+    def _message(self, data: bytes) -> Message | None:
+        """The message in ``data``, sorted; None for one that carries no work."""
+        try:
+            frame = decode_frame(data, max_bytes=self._settings.max_frame_bytes)
+        except FrameError as error:
+            return self._malformed(data, error)
+        if isinstance(frame, CommitFrame):
+            return self._sort(frame.repo, frame, data)
+        if isinstance(frame, SyncFrame):
+            return self._sort(frame.did, frame, data)
+        if isinstance(frame, IdentityFrame):
+            self._tools.resolver.purge(frame.did)
+            return Message(
+                frame.seq, frame.did, data, frame.time,
+                lambda tx, _: self._applier.identity(tx, self.upstream.name, frame),
+            )  # fmt: skip
+        if isinstance(frame, AccountFrame):
+            return Message(
+                frame.seq, frame.did, data, frame.time,
+                lambda tx, _: self._applier.account(tx, self.upstream.name, frame),
+            )  # fmt: skip
+        if isinstance(frame, UnknownFrame):
+            if frame.seq is None:
+                self._outcomes["drop/unknown_type"] += 1
+                return None
+            return _dropped(frame.seq, "", data, "", "unknown_type")
+        if isinstance(frame, InfoFrame):
+            self._info(frame)
+            return None
+        raise self._refused(frame)
+
+    def _sort(self, did: Did, frame: CommitFrame | SyncFrame, data: bytes) -> Message:
+        """A commit or sync: dropped here, or with the key that it is to be verified under."""
+        route = self._tools.routes.get(did)
+        identity: Identity | None = None
+        key: DidKey = ""
+        if route is not None:
+            if frame.rev <= route.rev:
+                return _dropped(frame.seq, did, data, frame.time, "stale_rev")
+            key = route.key
+        else:
+            row = self._tools.db.repo(did)
+            if row is not None:
+                key = row.signing_key
+                if key and row.tracked:
+                    self._tools.routes.put(did, key, row.rev)
+            elif not self._applier.wants_unknown(did, frame):
+                return _dropped(frame.seq, did, data, frame.time, "unwanted")
+            else:
+                identity = self._tools.resolver.cached(did)
+                key = identity.signing_key if identity is not None else ""
+        arrival = Arrival(self.upstream.name, frame.seq, did, frame, data, key, identity)
+        return Message(
+            frame.seq, did, data, frame.time,
+            lambda tx, verdict: self._applier.frame(tx, arrival, verdict),
+            arrival, (data, key) if key else None,
+        )  # fmt: skip
+
+    def _malformed(self, data: bytes, error: FrameError) -> Message | None:
+        """Rows 0–2: the end of the connection, or of this message alone."""
+        seq, did = error.seq, error.did or ""
+        if error.fatal:
+            at = self._last_seq or self._stored
+            tries = self._failed_at[1] + 1 if self._failed_at[0] == at else 1
+            self._failed_at = (at, tries)
+            if tries < UNREADABLE_TRIES:
+                raise error
+            log.error("unreadable_frame_skipped", upstream=self.upstream.name, after=at, error=str(error))
+        if seq is None:
+            self._outcomes[f"reject/{error.reason}"] += 1
+            return None
+
+        def run(tx: Transaction, _: Verdict | None) -> Result:
+            tx.quarantine(self.upstream.name, seq, did, error.reason, str(error), data)
+            return Result(Act.REJECT, error.reason)
+
+        return Message(seq, did, data, "", run)
+
+    def _info(self, frame: InfoFrame) -> None:
+        self._outcomes[f"info/{frame.name}"] += 1
+        log.warning(
+            "upstream_info",
+            upstream=self.upstream.name,
+            name=frame.name,
+            message=frame.message,
+            advice="frames were missed; broken chains are fetched anew"
+            if frame.name == "OutdatedCursor"
+            else "",
+        )
+
+    def _refused(self, frame: ErrorFrame) -> UpstreamError:
+        self._outcomes[f"error/{frame.error}"] += 1
+        if frame.error == "FutureCursor":
+            # Following goes on at the live tail; the stored cursor stays for an operator to judge.
+            self._live_tail = True
+            log.error(
+                "future_cursor", upstream=self.upstream.name, cursor=self._stored, message=frame.message
+            )
+        return UpstreamError(f"the host closed the stream: {frame.message or frame.error}", name=frame.error)
+
+    def _first(self, message: Message) -> None:
+        """Looks at a connection's first message for a reset stream or a loss, which servers do not tell."""
+        if not self._stored:
+            return
+        if message.seq <= self._stored - OVERLAP:
+            self._outcomes["note/stream_reset"] += 1
+            log.error("stream_reset", upstream=self.upstream.name, cursor=self._stored, first=message.seq)
+        elif message.seq > self._stored + 1 and self._stored_time:
+            jump = micros_of(message.time) - self._stored_time if message.time else 0
+            if jump > LOSS_US:
+                self._outcomes["note/possible_loss"] += 1
+                log.warning("possible_loss", upstream=self.upstream.name, seconds=round(jump / 1e6))
+
+    # ---- batches
+
+    async def _take(self, message: Message) -> None:
+        batch = self._open
+        batch.messages.append(message)
+        batch.size += len(message.data)
+        self._bytes += len(message.data)
+        if len(batch.messages) >= self._settings.batch_frames:
+            self._flush()
+        elif not self._flush_planned:
+            # What else is in the socket already comes into the same batch.
+            self._flush_planned = True
+            asyncio.get_running_loop().call_soon(self._flush_if_idle)
+        if self._full():
+            async with self._changed:
+                await self._changed.wait_for(lambda: not self._full())
+
+    def _full(self) -> bool:
+        return (
+            len(self._queue) >= self._settings.inflight_batches
+            or self._bytes >= self._settings.inflight_mib << 20
+        )
+
+    def _flush_if_idle(self) -> None:
+        """Sends what is there, unless all verifiers have work: then the batch may grow meanwhile."""
+        self._flush_planned = False
+        if self._verifying <= self._tools.pool.workers:
+            self._flush()
+
+    def _flush(self) -> None:
+        batch = self._open
+        if not batch.messages:
+            return
+        self._open = Batch()
+        items = [message.item for message in batch.messages if message.item is not None]
+        if items:
+            self._verifying += 1
+            batch.verdicts = asyncio.create_task(self._verified(items))
+            batch.verdicts.add_done_callback(self._verified_one)
+        self._queue.append(batch)
+        self._ready.set()
+
+    def _verified_one(self, _task: asyncio.Task[list[Verdict]]) -> None:
+        self._verifying -= 1
+        self._flush_if_idle()
+
+    async def _verified(self, items: list[Item]) -> list[Verdict]:
+        """The pool's verdicts; a frame that kills its worker is refused alone."""
+        limits = self._tools.limits()
+        try:
+            return await self._tools.pool.run(verify_batch, items, limits)
+        except WorkerDied:
+            if len(items) == 1:
+                return [Verdict(Outcome.REJECT, 1, "worker_died", "verifying it killed the process")]
+        return [verdict for item in items for verdict in await self._verified([item])]
+
+    # ---- the writer's side
+
+    async def run(self) -> None:
+        """Hands verified batches to the writer, in order, until cancelled."""
+        while True:
+            self._ready.clear()
+            while self._queue:
+                batch = self._queue[0]
+                verdicts = await batch.verdicts if batch.verdicts is not None else []
+                await self._submit(batch, verdicts)
+                self._queue.popleft()
+                await self._notify()
+            await self._ready.wait()
+
+    async def _submit(self, batch: Batch, verdicts: list[Verdict]) -> None:
+        left = iter(verdicts)
+        steps = [
+            self._step(message, next(left) if message.item is not None else None)
+            for message in batch.messages
+        ]
+        messages = batch.messages
+        last_time = micros_of(self._last_time) if self._last_time else 0
+        if last_time:
+            steps.append(lambda tx: tx.set_cursor(self._time_name, last_time))
+
+        def rescue(index: int, error: Exception) -> Callable[[Transaction], None]:
+            return self._rescue(messages[index], error)
+
+        future = await self._tools.writer.submit_ordered("ingest", steps, rescue)
+        future.add_done_callback(lambda _: self._committed(batch))
+
+    def _committed(self, batch: Batch) -> None:
+        self._bytes -= batch.size
+        asyncio.get_running_loop().create_task(self._notify())
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _step(self, message: Message, verdict: Verdict | None) -> Callable[[Transaction], None]:
+        def step(tx: Transaction) -> None:
+            self._count(tx, message, message.run(tx, verdict))
+
+        return step
+
+    def _rescue(self, message: Message, error: Exception) -> Callable[[Transaction], None]:
+        log.error(
+            "frame_failed", upstream=self.upstream.name, seq=message.seq, did=message.did, exc_info=error
+        )
+
+        def step(tx: Transaction) -> None:
+            if message.arrival is not None:
+                self._applier.failed(tx, message.arrival, error)
+            else:
+                name = getattr(error, "reason", type(error).__name__)
+                tx.quarantine(self.upstream.name, message.seq, message.did, name, str(error), message.data)
+            self._count(tx, message, Result(Act.REJECT, "failed"))
+
+        return step
+
+    def _count(self, tx: Transaction, message: Message, result: Result) -> None:
+        name = label(result)
+        self._outcomes[name] += 1
+        tx.add_count(f"ingest/{self.upstream.name}/{name}", 1)
+        if message.seq > self._stored:
+            tx.set_cursor(self._cursor_name, message.seq)
+
+
+def _dropped(seq: Seq, did: Did, data: bytes, time: str, reason: str) -> Message:
+    result = Result(Act.DROP, reason)
+    return Message(seq, did, data, time, lambda _tx, _verdict: result)

@@ -1,0 +1,127 @@
+"""Ingest as one part: built, run, told of new filters, asked for its state, stopped.
+
+Owns the tasks of all upstreams and of due work, and how they end: a task that fails takes the others and
+the caller of `run` with it. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import structlog
+
+from indexer.atproto.types import Did
+from indexer.config import Settings
+from indexer.identity.http import HttpClient
+from indexer.identity.resolver import Resolver
+from indexer.ingest.answers import Answers
+from indexer.ingest.apply import Applier
+from indexer.ingest.drain import Drainer
+from indexer.ingest.filters import Filters
+from indexer.ingest.identities import DueWork
+from indexer.ingest.pipeline import Pipeline
+from indexer.ingest.source import Source, Upstream
+from indexer.ingest.tools import Routes, Tools
+from indexer.pool import Pool
+from indexer.store.database import Database
+from indexer.store.writer import Writer
+
+log = structlog.get_logger()
+
+
+class Ingest:
+    """Follows the upstreams of the settings."""
+
+    def __init__(
+        self,
+        db: Database,
+        writer: Writer,
+        pool: Pool,
+        resolver: Resolver,
+        filters: Filters,
+        settings: Settings,
+        *,
+        http: HttpClient | None = None,
+    ) -> None:
+        self._own_http = http is None
+        self._http = http or HttpClient(settings.network)
+        self._settings = settings
+        routes = Routes(settings.identity.cache_entries)
+        tools = Tools(db, writer, pool, resolver, self._http, settings, routes)
+        self.applier = Applier(
+            filters.with_rows(db.filters()), tools, self._wake, ephemeral=db.mode.ephemeral
+        )
+        answers = Answers(tools, self.applier)
+        self._drainer = Drainer(tools, self.applier, answers)
+        self._due = DueWork(tools, answers, self._drainer)
+        self._pipelines = [
+            Pipeline(Upstream.parse(name), tools, self.applier) for name in dict.fromkeys(settings.upstreams)
+        ]
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    @property
+    def filters(self) -> Filters:
+        return self.applier.filters
+
+    def set_filters(self, filters: Filters) -> None:
+        """From the next frame on; storing them is the caller's."""
+        self.applier.filters = filters
+
+    def _wake(self, did: Did) -> None:
+        self._due.add(did)
+
+    async def run(self) -> None:
+        """Follows every upstream until `stop`; raises what ends one of the parts."""
+        self._task = asyncio.current_task()
+        try:
+            if self._own_http:
+                async with self._http:
+                    await self._follow()
+            else:
+                await self._follow()
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group
+
+    async def _follow(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._due.run(), name="ingest-due")
+            for pipeline in self._pipelines:
+                source = Source(
+                    pipeline.upstream,
+                    pipeline,
+                    self._http.resolver.addresses,
+                    self._settings.ingest,
+                    self._settings.network,
+                )
+                tasks.create_task(pipeline.run(), name=f"ingest-{pipeline.upstream.name}")
+                tasks.create_task(source.run(), name=f"source-{pipeline.upstream.name}")
+
+    async def stop(self) -> None:
+        """Ends `run`. What was received and is not committed comes again after a restart."""
+        self._stopping = True
+        task = self._task
+        if task is not None and not task.done() and task is not asyncio.current_task():
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def drain(self, did: Did) -> bool:
+        """Replays the frames that wait for a repository which has just been fetched and applied.
+
+        True when it is synced (or broken anew); raises `IdentityUnavailable` when a frame needs an
+        identity that cannot be had now.
+        """
+        return await self._drainer.drain(did)
+
+    def status(self) -> list[dict[str, Any]]:
+        """One entry for each upstream."""
+        return [pipeline.status() for pipeline in self._pipelines]
+
+    @property
+    def due(self) -> int:
+        """Repositories whose due work is in memory."""
+        return len(self._due)

@@ -1,0 +1,79 @@
+"""What the parts of ingest share: one value, built by `Ingest`, and a bounded table of signing keys.
+
+Owns no behaviour but the table's. Event loop only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import time
+from typing import NamedTuple
+
+from indexer.atproto.syntax import tid_from_micros
+from indexer.atproto.types import Did, DidKey, Rev
+from indexer.config import Settings
+from indexer.identity.http import HttpClient
+from indexer.identity.resolver import Resolver
+from indexer.ingest.verify import VerifyLimits
+from indexer.pool import Pool
+from indexer.store.database import Database
+from indexer.store.writer import Writer
+
+#: The highest clock id in a TID.
+_LAST_CLOCK = 1023
+
+
+class Route(NamedTuple):
+    """What the intake knows of a followed repository. ``rev``: frames up to it are applied."""
+
+    key: DidKey
+    rev: Rev
+
+
+class Routes:
+    """Signing keys by DID, so that not every frame reads a row; emptied when full, corrected by steps."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._known: dict[Did, Route] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, did: Did) -> Route | None:
+        return self._known.get(did)
+
+    def put(self, did: Did, key: DidKey, rev: Rev) -> None:
+        if len(self._known) >= self._limit and did not in self._known:
+            self._known.clear()
+        self._known[did] = Route(key, rev)
+
+    def forget(self, did: Did) -> None:
+        self._known.pop(did, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The parts of the daemon that ingest works with."""
+
+    db: Database
+    writer: Writer
+    pool: Pool
+    resolver: Resolver
+    http: HttpClient
+    settings: Settings
+    routes: Routes
+    #: DIDs of which an `#identity` came in since their identity was last asked for.
+    hints: set[Did] = field(default_factory=set)
+    clock: Callable[[], float] = time
+
+    def hint(self, did: Did) -> None:
+        """Notes that an answer under way about ``did`` may be out of date."""
+        if len(self.hints) < self.settings.ingest.work_repos:
+            self.hints.add(did)
+
+    def limits(self) -> VerifyLimits:
+        """Bounds for frames that are verified now."""
+        newest = int((self.clock() + self.settings.ingest.max_future) * 1_000_000)
+        return VerifyLimits(tid_from_micros(newest, _LAST_CLOCK))

@@ -1,0 +1,222 @@
+"""The pure rows of the commit table: 1, 2, 7–12 and 14–18 of sync.md §2, for `#commit` and `#sync`.
+
+Takes a frame's bytes and a signing key, gives a compact verdict: offsets into the frame's own blocks, so
+that little travels back from a worker process. Owns the precedence of the rows; the checks themselves
+are `indexer.atproto`'s. Leaves out everything that needs stored state (`machine`). No I/O, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Final, Literal, NamedTuple, NoReturn, TypeAlias, cast
+
+from indexer.atproto.car import Limits, iter_blocks, read_header
+from indexer.atproto.commit import Commit, check_signature, decode_commit
+from indexer.atproto.dagcbor import MAX_RECORD_BYTES, check_record
+from indexer.atproto.frames import MAX_BLOCKS_BYTES, CommitFrame, SyncFrame, decode_frame
+from indexer.atproto.invert import Op, check_ops, invert
+from indexer.atproto.mst import EMPTY_ROOT
+from indexer.atproto.types import Cid, Did, DidKey, Path, Rev
+from indexer.errors import BadInput, FrameError, MissingBlock, MstError, RecordInvalid
+from indexer.store.codecs import INVALID, OVERSIZE, FrameKind
+
+COMMIT: Final[FrameKind] = "commit"
+SYNC: Final[FrameKind] = "sync"
+#: Rows of the table up to this one go before any look at stored state.
+FIELDS_ROW: Final = 2
+SIGNATURE_ROW: Final = 12
+
+#: `MstError` reasons that are not about the shape of the tree.
+_TREE_FAULTS: Final = {"ops": (15, "ops"), "inversion": (17, "inversion")}
+#: A record block of any size that fits a frame is read, so that row 18 can set it aside.
+_CAR_LIMITS: Final = Limits(max_bytes=MAX_BLOCKS_BYTES, max_block=MAX_BLOCKS_BYTES, max_blocks=20_000)
+
+#: (action, path, CID or None, start, end, flags): the record is ``frame.blocks[start:end]``.
+VerifiedOp: TypeAlias = tuple[str, Path, Cid | None, int, int, int]
+Span: TypeAlias = tuple[int, int]
+#: A frame's bytes and the key that is to have signed its commit.
+Item: TypeAlias = tuple[bytes, DidKey]
+
+
+class Outcome(IntEnum):
+    OK = 0
+    REJECT = 1
+    DESYNC = 2
+
+
+class Verdict(NamedTuple):
+    """What the pure rows say. ``row`` is the row that failed, 0 where none did.
+
+    Fields behind ``message`` are only filled as far as the checks came.
+    """
+
+    outcome: Outcome
+    row: int
+    reason: str
+    message: str
+    kind: FrameKind = COMMIT
+    did: Did = ""
+    rev: Rev = ""
+    since: Rev | None = None
+    prev_data: Cid | None = None  # None: the message has none, and was proven against the empty tree
+    data: Cid = b""
+    commit: Span = (0, 0)
+    ops: tuple[VerifiedOp, ...] = ()
+
+    @property
+    def signed(self) -> bool:
+        """Whether the account's key vouches for ``rev``: rows 1–12 hold."""
+        return self.outcome is not Outcome.REJECT or self.row > SIGNATURE_ROW
+
+
+class VerifyLimits(NamedTuple):
+    """Bounds of a batch. ``max_rev`` is the newest rev that is not in the future (row 7)."""
+
+    max_rev: Rev
+    max_record_bytes: int = MAX_RECORD_BYTES
+
+
+class Refusal(Exception):
+    """Ends the checks of one frame; never leaves this module."""
+
+    def __init__(
+        self, row: int, reason: str, message: str, outcome: Literal[Outcome.REJECT, Outcome.DESYNC]
+    ) -> None:
+        super().__init__(message)
+        self.row, self.reason, self.outcome = row, reason, outcome
+
+
+def verify_batch(items: Sequence[Item], limits: VerifyLimits) -> list[Verdict]:
+    """A verdict for each frame, in order. Never raises for what a frame holds."""
+    return [verify_frame(data, key, limits) for data, key in items]
+
+
+def verify_frame(data: bytes, key: DidKey, limits: VerifyLimits) -> Verdict:
+    """One frame's bytes (`#commit` or `#sync`) under one key."""
+    try:
+        frame = decode_frame(data)
+    except FrameError as error:
+        return Verdict(Outcome.REJECT, 1, error.reason, str(error))
+    if isinstance(frame, CommitFrame):
+        return verify_commit(frame, key, limits)
+    if isinstance(frame, SyncFrame):
+        return verify_sync(frame, key, limits)
+    return Verdict(Outcome.REJECT, 1, "fields", "neither a commit nor a sync frame")
+
+
+def verify_commit(frame: CommitFrame, key: DidKey, limits: VerifyLimits) -> Verdict:
+    """Rows 7–12 and 14–18 for a decoded `#commit`."""
+    data, span = b"", (0, 0)
+    row, reason, message, outcome = 0, "", "", Outcome.OK
+    ops: tuple[VerifiedOp, ...] = ()
+    try:
+        commit, span, spans = _signed_commit(frame.repo, frame.rev, frame.commit, frame.blocks, key, limits)
+        data = commit.data
+        _check_usable(frame)
+        ops = _verified_ops(frame, data, spans, limits)
+    except Refusal as refusal:
+        row, reason, message, outcome = refusal.row, refusal.reason, str(refusal), refusal.outcome
+    return Verdict(
+        outcome, row, reason, message, COMMIT, frame.repo, frame.rev, frame.since, frame.prev_data,
+        data, span, ops,
+    )  # fmt: skip
+
+
+def verify_sync(frame: SyncFrame, key: DidKey, limits: VerifyLimits) -> Verdict:
+    """Rows 7–12 for a decoded `#sync`, which only has to hold the signed commit."""
+    try:
+        commit, span, _ = _signed_commit(frame.did, frame.rev, None, frame.blocks, key, limits)
+    except Refusal as refusal:
+        return Verdict(refusal.outcome, refusal.row, refusal.reason, str(refusal), SYNC, frame.did, frame.rev)
+    return Verdict(Outcome.OK, 0, "", "", SYNC, frame.did, frame.rev, data=commit.data, commit=span)
+
+
+def _signed_commit(
+    did: Did, rev: Rev, named: Cid | None, blocks: bytes, key: DidKey, limits: VerifyLimits
+) -> tuple[Commit, Span, dict[Cid, Span]]:
+    """Rows 7–12: the commit block, proven to be the account's. ``named``: the CID in the message."""
+    if rev > limits.max_rev:
+        _reject(7, "future_rev", f"rev {rev} lies in the future")
+    try:
+        roots, _ = read_header(blocks)
+        spans = {cid: (start, end) for cid, start, end in iter_blocks(blocks, _CAR_LIMITS)}
+    except BadInput as error:
+        _reject(8, "car", error)
+    if not roots or (named is not None and roots[0] != named):
+        _reject(9, "root", "the first root of the CAR is not the commit that the message names")
+    span = spans.get(roots[0])
+    if span is None:
+        _reject(9, "root", "the commit block is not in the CAR")
+    try:
+        commit = decode_commit(blocks[span[0] : span[1]])
+    except BadInput as error:
+        _reject(10, "commit_object", error)
+    if commit.did != did:
+        _reject(11, "did_mismatch", f"the commit is of {commit.did[:200]}, the message of {did}")
+    if commit.rev != rev:
+        _reject(11, "rev_mismatch", f"the commit has rev {commit.rev[:32]}, the message {rev}")
+    try:
+        check_signature(commit, key)
+    except BadInput as error:
+        _reject(SIGNATURE_ROW, "signature", error)
+    return commit, span, spans
+
+
+def _check_usable(frame: CommitFrame) -> None:
+    """Row 3: the deprecated flags say that the operations are not the whole difference."""
+    if frame.too_big:
+        _desync(3, "too_big", "the frame is marked tooBig")
+    if frame.rebase:
+        _desync(3, "rebase", "the frame is marked rebase")
+
+
+def _verified_ops(
+    frame: CommitFrame, data: Cid, spans: Mapping[Cid, Span], limits: VerifyLimits
+) -> tuple[VerifiedOp, ...]:
+    """Rows 14–18. Records are looked at last: a bad one is set aside alone."""
+    ops = cast(list[Op], frame.ops)  # the same fields
+    try:
+        check_ops(ops)
+    except BadInput as error:
+        _reject(14, "ops", error)
+    for op in ops:
+        if op.cid is not None and op.cid not in spans:
+            _reject(15, "record_missing", f"the record of {op.path} is not in the CAR")
+    blocks = frame.blocks
+    nodes = {cid: blocks[start:end] for cid, (start, end) in spans.items()}
+    try:
+        # The first commit of an account has no prevData: it follows the empty tree.
+        invert(data, nodes, ops, frame.prev_data or EMPTY_ROOT)
+    except MissingBlock as error:
+        _desync(17, "insufficient", error)
+    except MstError as error:
+        row, reason = _TREE_FAULTS.get(error.reason, (16, "tree"))
+        _reject(row, reason, error)
+    return tuple(
+        [
+            (op.action, op.path, None, 0, 0, 0)
+            if op.cid is None
+            else (op.action, op.path, op.cid, *spans[op.cid], _flags(nodes[op.cid], limits))
+            for op in ops
+        ]
+    )
+
+
+def _flags(record: bytes, limits: VerifyLimits) -> int:
+    """Row 18: what is wrong with a record by itself."""
+    if len(record) > limits.max_record_bytes:
+        return OVERSIZE
+    try:
+        check_record(record, max_bytes=limits.max_record_bytes)
+    except RecordInvalid:
+        return INVALID
+    return 0
+
+
+def _reject(row: int, reason: str, why: str | Exception) -> NoReturn:
+    raise Refusal(row, reason, str(why), Outcome.REJECT)
+
+
+def _desync(row: int, reason: str, why: str | Exception) -> NoReturn:
+    raise Refusal(row, reason, str(why), Outcome.DESYNC)
