@@ -1,0 +1,117 @@
+"""`bench backfill [RECORDS]`: repositories on loopback → fetched, verified, indexed, compacted.
+
+Times from the request to follow all of them until the last record is indexed, and until RocksDB has nothing
+left to compact; samples the memory of the daemon and its workers. The PDS runs in this process and shares the
+cores with the daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from bench.daemon import BenchDaemon, running_daemon
+from bench.live import fill
+from bench.options import Options, machine
+from bench.report import Report, Target
+from indexer.simulator.corpus import CarInfo, cached_car
+from indexer.simulator.documents import document
+from indexer.simulator.replay import ReplayNetwork, ReplaySource
+
+REDUCED = (200_000,)
+FULL = (200_000, 1_000_000, 5_000_000)
+#: Repository sizes, in turn; the mean is close to the network's, where few are large.
+_SIZES = (10, 100, 300, 1_000, 3_000, 10_000)
+_COMPACTED_S = 120.0
+_ENDPOINT = "http://pds0.simnet.test"
+_RATE, _MEMORY = Target(60_000), Target(512, at_most=True)
+
+
+class Figures(NamedTuple):
+    """One run."""
+
+    records_per_s: float
+    compacted_records_per_s: float
+    peak_mib: float
+    mib_per_s: float
+    daemon_cpu_us: float
+
+
+def run(options: Options) -> Report:
+    """Rates and memory for each number of records."""
+    report = Report("backfill", notes=[machine()])
+    for records in options.chosen(REDUCED, FULL):
+        repos = repositories(options.cache, records)
+        total = sum(info.records for _file, info in repos)
+        size = sum(info.bytes for _file, info in repos)
+        report.notes.append(f"{len(repos):,} repositories, {total:,} records, {size / 2**20:,.0f} MiB")
+        runs = [asyncio.run(measure(repos, options.cache)) for _ in range(options.runs)]
+        for name, unit, target in (
+            ("records_per_s", "records/s", None),
+            ("compacted_records_per_s", "records/s", _RATE),
+            ("peak_mib", "MiB", _MEMORY),
+            ("mib_per_s", "MiB/s", None),
+            ("daemon_cpu_us", "µs/record", None),
+        ):
+            values = [getattr(each, name) for each in runs]
+            report.add(f"{name}_{records}", unit, values, target, series=name, size=records)
+    return report
+
+
+def repositories(cache: Path, records: int) -> list[tuple[Path, CarInfo]]:
+    """Repositories of different sizes, ``records`` records in all or a little more."""
+    found: list[tuple[Path, CarInfo]] = []
+    total = 0
+    for seed, size in enumerate(itertools.cycle(_SIZES), start=1):
+        if total >= records:
+            return found
+        found.append(cached_car(cache, seed=seed, records=size))
+        total += size
+    return found
+
+
+async def measure(repos: list[tuple[Path, CarInfo]], folder: Path) -> Figures:
+    """One fresh daemon that fetches all of them."""
+    documents = {info.did: _document(info, index) for index, (_file, info) in enumerate(repos)}
+    cars: dict[str, bytes | Path] = {info.did: file for file, info in repos}
+    total = sum(info.records for _file, info in repos)
+    size = sum(info.bytes for _file, info in repos)
+    async with ReplayNetwork([ReplaySource([], _ENDPOINT)], documents, cars) as network:
+        settings = {
+            "upstreams": network.stream_urls[0],
+            "plc_urls": network.plc_url,
+            "plc.max_requests_per_s": 10_000,
+        }
+        async with running_daemon(settings, folder) as daemon:
+            cpu = daemon.cpu_seconds()
+            start = time.perf_counter()
+            await fill(daemon, list(documents), total)
+            indexed = time.perf_counter() - start
+            cpu = daemon.cpu_seconds() - cpu
+            await _compacted(daemon)
+            settled = time.perf_counter() - start
+            return Figures(
+                total / indexed, total / settled, daemon.peak_mib, size / 2**20 / indexed, cpu / total * 1e6
+            )
+
+
+def _document(info: CarInfo, index: int) -> dict[str, Any]:
+    multikey = info.signing_key.removeprefix("did:key:")
+    return document(info.did, f"account{index}.simnet.test", multikey, _ENDPOINT)
+
+
+async def _compacted(daemon: BenchDaemon) -> None:
+    """Returns when no keyspace has bytes that wait for compaction."""
+    deadline = time.monotonic() + _COMPACTED_S
+    async with aiohttp.ClientSession() as http:
+        while time.monotonic() < deadline:
+            keyspaces = (await daemon.get(http, "/stats"))["store"]["keyspaces"]
+            if not sum(row["pending_compaction_bytes"] for row in keyspaces.values()):
+                return
+            await asyncio.sleep(0.1)
+    raise TimeoutError(f"compaction was not done within {_COMPACTED_S:g} s")
