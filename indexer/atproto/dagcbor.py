@@ -108,8 +108,8 @@ def encode_exact(value: Any) -> bytes:
     out: list[bytes] = []
     try:
         _put(value, out)
-    except RecursionError as error:
-        raise DagCborError("nested too deeply to be encoded") from error
+    except (RecursionError, UnicodeEncodeError) as error:
+        raise DagCborError(f"cannot be encoded as DAG-CBOR: {_reason(error)}") from error
     return b"".join(out)
 
 
@@ -212,7 +212,7 @@ def record_from_json(value: Any) -> bytes:
         raise RecordInvalid(f"a record is an object, not {type(value).__name__}")
     try:
         block = encode_exact(_from_json(value, 0))
-    except (DagCborError, UnicodeEncodeError) as error:
+    except DagCborError as error:
         raise RecordInvalid(str(error)) from error
     check_record(block)
     return block
