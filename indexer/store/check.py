@@ -28,7 +28,7 @@ from indexer.store.codecs import (
     encode_u64,
 )
 from indexer.store.counts import EXACT, repo_names
-from indexer.store.database import Database, Reads
+from indexer.store.database import Database
 from indexer.store.keyspaces import (
     BLOCK_REFS,
     BLOCKS,
@@ -42,6 +42,7 @@ from indexer.store.keyspaces import (
     REPOS,
     RESYNC_BUFFER,
 )
+from indexer.store.reads import Reads
 
 Mine: TypeAlias = Callable[[Did], bool]
 _PARTITION_ROWS: Final = 1_000_000

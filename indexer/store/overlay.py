@@ -14,8 +14,9 @@ import rocksdict
 
 from indexer.atproto.types import Did
 from indexer.store.codecs import did_range
-from indexer.store.database import Database, decode
+from indexer.store.database import Database
 from indexer.store.keyspaces import BLOCK_REFS, BLOCKS, GC_QUEUE, KEYSPACES, RECORDS, Keyspace
+from indexer.store.reads import decode
 
 K = TypeVar("K")
 V = TypeVar("V")

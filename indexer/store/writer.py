@@ -22,8 +22,9 @@ from indexer.errors import StoreBusy, StoreError, WriterPoisoned
 from indexer.store import keyspaces
 from indexer.store.codecs import pack
 from indexer.store.database import Database
+from indexer.store.group import Limits, Savepoint
 from indexer.store.state import State
-from indexer.store.transaction import Limits, Savepoint, Transaction
+from indexer.store.transaction import Transaction
 
 T = TypeVar("T")
 Step = Callable[[Transaction], None]

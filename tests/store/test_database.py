@@ -114,7 +114,7 @@ async def test_reads_of_one_repository_stay_within_it(tmp_path: Path) -> None:
 async def test_pages_of_repositories_join(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         dids = [f"did:web:{name}" for name in ("a", "a.b", "ab", "b")]
-        await store.do(*[lambda tx, did=did: tx.set_repo(did, SYNCED) for did in dids])  # type: ignore[misc]
+        await store.do(*[lambda tx, did=did: tx.set_repo(did, SYNCED) for did in dids])
         seen: list[str] = []
         while page := store.db.repos(after=seen[-1] if seen else "", limit=1):
             seen += [did for did, _ in page]
@@ -143,7 +143,7 @@ async def test_scans_of_a_snapshot_are_as_whole_as_its_gets(tmp_path: Path) -> N
         paths = [f"a.b.c/{number:04d}" for number in range(600)]
         await store.do(*[put_step(ALICE, path, path) for path in paths])
         with store.db.snapshot() as snapshot:
-            await store.do(*[lambda tx, p=p: tx.delete_record(ALICE, p, REV, live=True) for p in paths[::2]])  # type: ignore[misc]
+            await store.do(*[lambda tx, p=p: tx.delete_record(ALICE, p, REV, live=True) for p in paths[::2]])
             await store.put(ALICE, "a.b.c/0000a", "new")
             assert [path for path, _ in snapshot.records(ALICE)] == paths
             assert [path for path, _ in snapshot.records(ALICE, reverse=True)] == paths[::-1]

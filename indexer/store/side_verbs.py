@@ -1,0 +1,115 @@
+"""Verbs for what waits and what failed: resync buffer, quarantine, account words, filter.
+
+The part of the transaction that does not touch records; see `Transaction`. On the writer's loop.
+"""
+
+from __future__ import annotations
+
+from indexer.atproto.types import Did, Micros, Rev, Seq
+from indexer.store import keyspaces
+from indexer.store.codecs import (
+    AccountStatus,
+    AccountWord,
+    BufferedFrame,
+    FrameKind,
+    QuarantineRow,
+    did_range,
+)
+from indexer.store.group import Group
+from indexer.store.keyspaces import ACCOUNT_STATUS, FILTER, QUARANTINE, RESYNC_BUFFER
+
+
+class SideVerbs(Group):
+    """Account words, waiting frames, refused frames, filter rows."""
+
+    __slots__ = ()
+
+    # ---- account words
+
+    def set_account_word(
+        self, did: Did, source: str, status: AccountStatus, active: bool, seq: Seq, time: Micros
+    ) -> None:
+        self.put(ACCOUNT_STATUS, (did, source), (status, active, seq, time))
+
+    def account_words(self, did: Did) -> list[AccountWord]:
+        rows = self.raw_scan(ACCOUNT_STATUS.name, *did_range(did))
+        return [
+            AccountWord(ACCOUNT_STATUS.key.decode(key)[1], *ACCOUNT_STATUS.value.decode(raw))
+            for key, raw in rows
+        ]
+
+    # ---- frames that wait, frames that failed
+
+    def buffer_frame(self, did: Did, rev: Rev, kind: FrameKind, source: str, data: bytes) -> bool:
+        """Keep a frame until its repository is ready; false, with nothing kept, at a limit."""
+        key = (did, rev, kind, source)
+        old = self.get(RESYNC_BUFFER, key)
+        frames, size = self.buffer_size(did)
+        more = len(data) - (0 if old is None else len(old[1]))
+        limits = self._limits
+        if (
+            frames + (old is None) > limits.buffer_frames_per_repo
+            or size + more > limits.buffer_bytes_per_repo
+            or self.count("buffer/bytes") + more > limits.buffer_bytes
+        ):
+            return False
+        self.put(RESYNC_BUFFER, key, (self._epoch(did), data))
+        self._count_buffer(did, int(old is None), more)
+        return True
+
+    def buffered(self, did: Did, limit: int | None = None) -> list[BufferedFrame]:
+        """Waiting frames of the current life by rev, commits before syncs."""
+        epoch = self._epoch(did)
+        found: list[BufferedFrame] = []
+        for raw_key, raw in self.raw_scan(RESYNC_BUFFER.name, *did_range(did)):
+            if limit is not None and len(found) >= limit:
+                break
+            _, rev, kind, source = RESYNC_BUFFER.key.decode(raw_key)
+            frame_epoch, data = RESYNC_BUFFER.value.decode(raw)
+            if frame_epoch == epoch:
+                found.append(BufferedFrame(rev, kind, source, data))
+        return found
+
+    def drop_buffered(self, did: Did, up_to_rev: Rev | None = None) -> int:
+        """Drop waiting frames, with a rev those up to and with it; returns how many."""
+        start, stop = did_range(did)
+        if up_to_rev is not None:
+            stop = f"{did}\0{up_to_rev}\1".encode()
+        frames = size = 0
+        rows = self._rows[RESYNC_BUFFER.name]
+        for raw_key, raw in list(self.raw_scan(RESYNC_BUFFER.name, start, stop)):
+            self.write(rows, raw_key, None)
+            frames += 1
+            size += len(RESYNC_BUFFER.value.decode(raw)[1])
+        self.ops += frames
+        if frames:
+            self._count_buffer(did, -frames, -size)
+        return frames
+
+    def buffer_size(self, did: Did) -> tuple[int, int]:
+        """Waiting (frames, bytes) of a repository."""
+        return self.count(f"buffer/{did}/frames"), self.count(f"buffer/{did}/bytes")
+
+    def _count_buffer(self, did: Did, frames: int, size: int) -> None:
+        self.add(self._deltas, f"buffer/{did}/frames", frames)
+        self.add(self._deltas, f"buffer/{did}/bytes", size)
+        self.add(self._deltas, "buffer/frames", frames)
+        self.add(self._deltas, "buffer/bytes", size)
+
+    def quarantine(self, source: str, seq: Seq, did: Did, reason: str, message: str, data: bytes) -> None:
+        """Keep a refused frame for inspection; the oldest one goes when the ring is full."""
+        number = self.cursor(keyspaces.QUARANTINE_NEXT) or 0
+        kept = data[: self._limits.quarantine_bytes]
+        row = QuarantineRow(self._clock(), source, seq, did, reason, message[:1000], len(data), kept)
+        self.put(QUARANTINE, number, row)
+        if number >= self._limits.quarantine_entries:
+            self.delete(QUARANTINE, number - self._limits.quarantine_entries)
+        self.set_cursor(keyspaces.QUARANTINE_NEXT, number + 1)
+
+    # ---- filter
+
+    def set_filter(self, kind: str, item: str) -> None:
+        self.put(FILTER, (kind, item), None)
+
+    def drop_filter(self, kind: str, item: str) -> None:
+        self.delete(FILTER, (kind, item))
