@@ -108,11 +108,12 @@ def simulate(
 
 
 async def _serve(config: SimConfig, exit_with_parent: bool, as_json: bool) -> None:
+    end = _end_event(exit_with_parent)
     network = SimulatedNetwork(config)
     await network.start()
     try:
         _tell(network, as_json)
-        await _ended(exit_with_parent)
+        await end.wait()
     finally:
         await network.stop()
 
@@ -132,8 +133,8 @@ def _tell(network: SimulatedNetwork, as_json: bool) -> None:
     print("Ctrl-C ends it.", flush=True)
 
 
-async def _ended(exit_with_parent: bool) -> None:
-    """Return at SIGINT, SIGTERM or, when asked to, at the end of standard input."""
+def _end_event(exit_with_parent: bool) -> asyncio.Event:
+    """Set at SIGINT, SIGTERM or, when asked for, at the end of standard input."""
     loop = asyncio.get_running_loop()
     end = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -147,4 +148,4 @@ async def _ended(exit_with_parent: bool) -> None:
 
     if exit_with_parent:
         threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-    await end.wait()
+    return end

@@ -186,25 +186,28 @@ class SimulatedNetwork:
     def _open(self) -> World:
         """The world of the journal, or a new one with its first accounts."""
         world: World | None = None
+        complete = False  # a first start may have been killed before its last account
         for row, place in self._journal.rows():
             if row["kind"] == "genesis":
                 world = self._world(row["seed"], row["pds"])
             elif row["kind"] == "ports":
-                self._ports = row["ports"]
+                self._ports, complete = row["ports"], True
             elif world is None:
                 raise JournalError("the journal does not begin with a genesis row")
             else:
                 world.restore(row)
                 self._index(row["frames"], place)
-        if world is not None:
-            world.settle()
-            return world
         config = self.config
-        self.world = self._world(config.seed, config.pds)
-        self._journal.append({"kind": "genesis", "seed": config.seed, "pds": config.pds}, [])
-        for records in [config.history_records or 1] * config.history_accounts + [0] * config.accounts:
-            self.add_account(records, pds=None, handle=None, curve=None)
-        return self.world
+        if world is None:
+            world = self._world(config.seed, config.pds)
+            self._journal.append({"kind": "genesis", "seed": config.seed, "pds": config.pds}, [])
+        world.settle()
+        self.world = world
+        if not complete:
+            first = [config.history_records or 1] * config.history_accounts + [0] * config.accounts
+            for records in first[len(world.accounts) :]:
+                self.add_account(records, pds=None, handle=None, curve=None)
+        return world
 
     def _world(self, seed: int, pds: int) -> World:
         self.pds_lanes = [Lane(self._log) for _ in range(pds)]

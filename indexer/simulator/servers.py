@@ -14,6 +14,7 @@ from aiohttp import web
 
 from indexer.simulator.account import ACTIVE, DELETED, Account
 from indexer.simulator.cbor import cid_text, to_json
+from indexer.simulator.documents import document
 from indexer.simulator.stream import subscribe
 from indexer.simulator.wire import car, car_chunks
 
@@ -32,19 +33,6 @@ def reply(value: Any, status: int = 200, kind: str = "application/json") -> web.
 
 def refuse(error: str, message: str, status: int = 400) -> web.Response:
     return reply({"error": error, "message": message}, status)
-
-
-def document(did: str, handle: str, multikey: str, pds_url: str) -> dict[str, Any]:
-    """A DID document as the PLC directory answers it."""
-    return {
-        "@context": ["https://www.w3.org/ns/did/v1", "https://w3id.org/security/multikey/v1"],
-        "id": did,
-        "alsoKnownAs": [f"at://{handle}"],
-        "verificationMethod": [
-            {"id": f"{did}#atproto", "type": "Multikey", "controller": did, "publicKeyMultibase": multikey}
-        ],
-        "service": [{"id": "#atproto_pds", "type": "AtprotoPersonalDataServer", "serviceEndpoint": pds_url}],
-    }
 
 
 # -- PLC directory

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.paths import ROOT
+
+RUN = [sys.executable, "-c", "from indexer.commands.simulate import simulate; simulate()"]
+
+
+def start(*options: str) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
+    process = subprocess.Popen(
+        [*RUN, "--json", *options], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    return process, json.loads(process.stdout.readline())
+
+
+def finish(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return process.wait(10)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def read(url: str, data: bytes | None = None) -> Any:
+    with urllib.request.urlopen(urllib.request.Request(url, data), timeout=10) as answer:
+        return json.load(answer)
+
+
+def test_prints_its_addresses_and_ends_with_its_parent() -> None:
+    process, addresses = start(
+        "--accounts", "2", "--history-accounts", "0", "--pds", "3", "--rate", "0", "--exit-with-parent"
+    )
+    assert set(addresses) == {"plc", "relay", "pds", "control"}
+    assert len(addresses["pds"]) == 3
+    assert addresses["relay"].startswith("ws://127.0.0.1:")
+    assert read(addresses["control"] + "/state")["accounts"] == 2
+    assert process.stdin is not None
+    process.stdin.close()
+    process.stdin = None
+    assert finish(process) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ends_at_a_signal(number: signal.Signals) -> None:
+    process, _ = start("--accounts", "1", "--history-accounts", "0")
+    process.send_signal(number)
+    assert finish(process) == 0
+
+
+def test_a_killed_network_comes_back_with_its_keys_records_and_seqs(tmp_path: Path) -> None:
+    options = ("--state", str(tmp_path), "--rate", "3000", "--accounts", "5", "--history-records", "20")
+    process, addresses = start(*options)
+    while read(addresses["control"] + "/state")["commits"] < 150:
+        pass
+    seen = read(addresses["control"] + "/ledger?values=1")
+    process.kill()
+    finish(process)
+    process, again = start(*options, "--paused")
+    try:
+        assert again == addresses
+        ledger = read(again["control"] + "/ledger?values=1")
+        assert ledger["seq"] >= seen["seq"]
+        assert ledger["commits"] >= seen["commits"]
+        for did, entry in seen["accounts"].items():
+            found = ledger["accounts"][did]
+            if found["status"] == entry["status"] == "active":
+                assert found["rev"] >= entry["rev"]
+            if found["rev"] == entry["rev"]:
+                assert {**found, "handle": ""} == {**entry, "handle": ""}
+    finally:
+        process.terminate()
+        finish(process)
+
+
+def test_two_networks_cannot_share_a_state(tmp_path: Path) -> None:
+    process, _ = start("--state", str(tmp_path), "--accounts", "1", "--history-accounts", "0", "--rate", "0")
+    second = subprocess.run([*RUN, "--state", str(tmp_path)], cwd=ROOT, capture_output=True, timeout=20)
+    assert second.returncode == 1
+    assert b"in use" in second.stderr
+    process.terminate()
+    finish(process)
