@@ -193,6 +193,13 @@ class IngestSettings(Section):
     buffer_kib_per_repo: int = Field(16384, ge=1, description="KiB that wait for one repository")
     buffer_mib: int = Field(1024, ge=1, description="MiB of waiting frames in total")
     max_future: Duration = Field(300.0, description="how far a rev may lie in the future")
+    first_sight_wait: Duration = Field(
+        5.0, description="how long a new account's first commit is awaited before its repository is fetched"
+    )
+    refresh_interval: Duration = Field(
+        10.0, description="shortest time between two questions about one account that bad frames cause"
+    )
+    work_repos: int = Field(100_000, ge=1, description="repositories with due work that are kept in memory")
 
 
 class BackfillSettings(Section):
@@ -298,8 +305,10 @@ class Settings(BaseSettings):
         enabled = (
             ephemeral.get("enabled") if isinstance(ephemeral, dict) else getattr(ephemeral, "enabled", False)
         )
-        if str(enabled).lower() in ("true", "1", "yes", "on") and "events" not in values:
-            return {**values, "events": {"retention": "60m"}}
+        events = values.get("events", {})
+        told = not isinstance(events, dict) or "retention" in events
+        if str(enabled).lower() in ("true", "1", "yes", "on") and not told:
+            return {**values, "events": {**events, "retention": "60m"}}
         return values
 
     @classmethod

@@ -66,6 +66,11 @@ def test_the_reference_file_with_every_line_enabled_is_the_defaults(tmp_path: Pa
         assert env_name(name) in text
 
 
+def test_the_reference_file_changes_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INDEXER_EPHEMERAL__ENABLED", "true")
+    assert load(ROOT / "config" / "default.toml") == load()
+
+
 def test_the_configuration_page_is_made_from_the_declarations() -> None:
     """To renew its tables: python -m indexer config show --markdown"""
     assert as_markdown(DEFAULTS) in (ROOT / "docs" / "configuration.md").read_text()
