@@ -20,10 +20,9 @@ from typing import NamedTuple
 from indexer.atproto.types import Did
 from indexer.backfill.diff import Changes, StoredRecord, WantsCollection, diff, joined
 from indexer.backfill.queue import CLAIMED_DUE
-from indexer.backfill.rows import claimed, with_word
+from indexer.backfill.rows import claimed, known_identity, with_word
 from indexer.backfill.verify import Verified, map_file, read_index
 from indexer.identity.resolver import Identity
-from indexer.ingest.apply import with_identity
 from indexer.store.codecs import AccountStatus, RepoRow, SyncState, Work
 from indexer.store.database import Database
 from indexer.store.transaction import Transaction
@@ -99,7 +98,7 @@ class Unit:
             # A mark says that a repository below `min_rev` was accepted; its own rev is the bound now.
             row = row._replace(complete=False, min_rev=rev if plan.mark else max(row.min_rev, rev))
         if self.last:
-            row = with_identity(tx, did, row, plan.identity)
+            row = known_identity(tx, did, row, plan.identity)
             if not row.status.active:  # its PDS serves the repository: the account is back
                 row = with_word(tx, did, row, AccountStatus.ACTIVE)
             row = finished(row, plan, waiting=tx.buffer_size(did)[0] > 0, now_us=tx.now_us)

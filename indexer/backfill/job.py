@@ -35,7 +35,7 @@ from indexer.backfill.rows import ClaimUnit, FailUnit, is_waiting
 from indexer.backfill.stats import Stats
 from indexer.backfill.verify import Verified, verify_car
 from indexer.config import Settings
-from indexer.errors import CommitError, FetchTransient, IndexerError, StoreError
+from indexer.errors import CommitError, FetchTransient, IdentityError, IndexerError, StoreError
 from indexer.identity.http import HttpClient
 from indexer.identity.resolver import Identity, Resolver
 from indexer.pool import Pool
@@ -240,7 +240,10 @@ class Job:
 
     async def _drain(self) -> None:
         """Replays the frames that waited; a repository that is not synced after it tries again later."""
-        await self._tools.drain(self._did)
+        try:
+            await self._tools.drain(self._did)
+        except IdentityError as error:
+            raise FetchTransient(f"waiting frames cannot be checked: {error}", reason=DRAIN) from error
         row = self._tools.db.repo(self._did)
         if row is not None and row.state is SyncState.BACKFILLING and row.work & Work.DRAIN:
             raise FetchTransient("waiting frames could not be replayed yet", reason=DRAIN)

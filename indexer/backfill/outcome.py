@@ -66,8 +66,7 @@ def judge(error: IndexerError) -> Failure:
             return Failure("account", reason, text, status)
         return Failure("retry", "too_large" if error.name == "TooLarge" else f"http_{error.status}", text)
     if isinstance(error, IdentityGone):
-        status_gone = AccountStatus.DELETED if error.tombstone else None
-        return Failure("account", error.reason, text, status_gone, tombstone=error.tombstone)
+        return Failure("account", error.reason, text, tombstone=error.tombstone)
     if isinstance(error, MissingBlock) or error.reason == "car_truncated":
         return Failure("retry", "incomplete", text)
     return Failure("corrupt" if isinstance(error, BadInput) else "retry", error.reason, text)

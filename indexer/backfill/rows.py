@@ -16,7 +16,7 @@ from indexer.config import BackfillSettings
 from indexer.identity.resolver import Identity
 from indexer.ingest.account import CHECKED, effective, with_status
 from indexer.ingest.apply import with_identity
-from indexer.store.codecs import NEW_REPO, AccountStatus, AccountWord, RepoRow, SyncState
+from indexer.store.codecs import NEW_REPO, AccountStatus, AccountWord, RepoRow, SyncState, Work
 from indexer.store.transaction import Transaction
 
 FETCHABLE = (SyncState.PENDING, SyncState.BACKFILLING, SyncState.DESYNCHRONIZED)
@@ -96,8 +96,9 @@ class ClaimUnit:
         row = tx.repo(self.did)
         if row is None or not is_waiting(row):
             return None
-        row = with_identity(tx, self.did, row, self.identity)
-        row = row._replace(state=SyncState.BACKFILLING, due=CLAIMED_DUE)
+        row = known_identity(tx, self.did, row, self.identity)
+        # `DRAIN` of a backfilling repository means that it is applied and its frames are to be replayed.
+        row = row._replace(state=SyncState.BACKFILLING, due=CLAIMED_DUE, work=row.work & ~Work.DRAIN)
         tx.set_repo(self.did, row)
         return row
 
@@ -120,9 +121,25 @@ class FailUnit:
         if row is None or not is_waiting(row) or self.epoch not in (None, row.epoch):
             return
         tx.add_count(f"backfill/{self.failure.outcome}/{self.failure.reason}", 1)
+        if self.failure.tombstone:
+            bury(tx, self.did)
+            return
         if self.failure.status is not None:
             row = with_word(tx, self.did, row, self.failure.status)
         tx.set_repo(self.did, failed(row, self.failure, tx.now_us, self.settings, self.jitter))
+
+
+def known_identity(tx: Transaction, did: Did, row: RepoRow, identity: Identity) -> RepoRow:
+    """The row with an identity that may come from the cache: a hint to ask again stays one."""
+    return with_identity(tx, did, row, identity)._replace(work=row.work)
+
+
+def bury(tx: Transaction, did: Did) -> None:
+    """The directory says that the identity was deleted: its content goes, the row stays to be asked."""
+    tx.wipe_repo(did, AccountStatus.DELETED)
+    row = tx.repo(did)
+    if row is not None:
+        tx.set_repo(did, row._replace(tracked=True))
 
 
 def with_word(tx: Transaction, did: Did, row: RepoRow, status: AccountStatus) -> RepoRow:

@@ -42,7 +42,7 @@ def account(name: str, records: dict[str, str] | None = None, minutes: int = 1) 
     """A signed repository whose records hold one text each."""
     did = "did:plc:" + name.ljust(24, "a")
     made = Account(did, f"{name}.test", 0, SigningKey.derive("k256", name))
-    return edit(made, minutes, {path: text for path, text in (records or {}).items()})
+    return edit(made, minutes, dict(records or {}))
 
 
 def edit(one: Account, minutes: int, changes: dict[str, str | None]) -> Account:
