@@ -1,0 +1,68 @@
+"""The slow, obvious twin of the tree code: a dict of records, a recursive definition of the tree, `dag_cbor`.
+
+Shares nothing with what it is compared with. Also makes trees and nodes that break the rules.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any
+
+import dag_cbor
+from multiformats import CID, multihash
+
+
+def cid_of(block: bytes) -> bytes:
+    return bytes(CID("base32", 1, "dag-cbor", multihash.digest(block, "sha2-256")))
+
+
+def layer_of(key: str) -> int:
+    bits = "".join(f"{byte:08b}" for byte in sha256(key.encode()).digest())
+    return (len(bits) - len(bits.lstrip("0"))) // 2
+
+
+def node(entries: list[tuple[str, bytes, bytes | None]], left: bytes | None, **extra: Any) -> bytes:
+    """The block of a node of (key, record CID, subtree behind it)."""
+    encoded = []
+    last = ""
+    for key, value, tree in entries:
+        shared = 0
+        while shared < min(len(key), len(last)) and key[shared] == last[shared]:
+            shared += 1
+        encoded.append(
+            {
+                "p": shared,
+                "k": key[shared:].encode(),
+                "v": CID.decode(value),
+                "t": None if tree is None else CID.decode(tree),
+            }
+        )
+        last = key
+    return dag_cbor.encode({"e": encoded, "l": None if left is None else CID.decode(left), **extra})
+
+
+def slow_build(records: dict[str, bytes]) -> tuple[bytes, dict[bytes, bytes]]:
+    """(root, nodes) of a tree by its definition: the keys of the highest layer, and what lies between them."""
+    nodes: dict[bytes, bytes] = {}
+
+    def subtree(keys: list[str], layer: int) -> bytes | None:
+        if not keys:
+            return None
+        here = [key for key in keys if layer_of(key) == layer]
+        bounds = ["", *here, "\x7f"]
+        kids = [
+            subtree([key for key in keys if low < key < high], layer - 1)
+            for low, high in zip(bounds, bounds[1:], strict=False)
+        ]
+        entries = [(key, records[key], kid) for key, kid in zip(here, kids[1:], strict=True)]
+        block = node(entries, kids[0])
+        nodes[cid_of(block)] = block
+        return cid_of(block)
+
+    keys = sorted(records)
+    root = subtree(keys, max(map(layer_of, keys))) if keys else None
+    if root is None:
+        block = dag_cbor.encode({"e": [], "l": None})
+        nodes[cid_of(block)] = block
+        return cid_of(block), nodes
+    return root, nodes
