@@ -21,7 +21,7 @@ from indexer.pool import Pool
 from indexer.simulator.account import Account, Write
 from indexer.simulator.keys import SigningKey
 from indexer.simulator.wire import car, tid
-from indexer.store.codecs import NEW_REPO, Event, RepoRow, SyncState, Work, decode_event
+from indexer.store.codecs import NEW_REPO, Event, Mode, RepoRow, SyncState, Work, decode_event
 from indexer.store.database import Database
 from indexer.store.keyspaces import EVENTS
 from indexer.store.transaction import Transaction
@@ -74,6 +74,7 @@ class Host:
         self.url = ""
         self.cars: dict[Did, bytes] = {}
         self.keys: dict[Did, str] = {}  # multikeys
+        self.pds: dict[Did, str] = {}  # of those who live elsewhere
         self.answers: dict[Did, Handler] = {}
         self.asked: list[Did] = []
         self.tombstones: set[Did] = set()
@@ -121,7 +122,7 @@ class Host:
             return web.Response(status=410, body=b"{}")
         if did not in self.keys:
             return web.Response(status=404, body=b"{}")
-        return web.Response(body=orjson.dumps(document(did, self.keys[did], self.url)))
+        return web.Response(body=orjson.dumps(document(did, self.keys[did], self.pds.get(did, self.url))))
 
 
 def document(did: Did, multikey: str, pds: str) -> dict[str, Any]:
@@ -197,7 +198,8 @@ class World:
 
     async def __aenter__(self) -> Self:
         stack = self._stack
-        self.db = Database.open(self.settings.data_dir / "db", memory_mib=32)
+        mode = Mode(ephemeral=self.settings.ephemeral.enabled)
+        self.db = Database.open(self.settings.data_dir / "db", memory_mib=32, mode=mode)
         stack.callback(self.db.close)
         self.writer = HookedWriter(self.db, self.settings, crash_point=self._crash_point)
         await self.writer.start()

@@ -1,0 +1,185 @@
+"""Many repositories and hosts at once."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from indexer.atproto.types import Did
+from indexer.backfill.queue import CLAIMED_DUE
+from indexer.backfill.service import relay_origin
+from indexer.errors import WriterPoisoned
+from indexer.simulator.account import Account
+from indexer.store.codecs import NEW_REPO, SyncState
+from indexer.store.transaction import Transaction
+from indexer.store.writer import clock_us
+from tests.backfill.world import Host, World, account, answer_with, car_of
+
+POST = "app.bsky.feed.post/"
+
+
+def several(count: int) -> list[Account]:
+    return [account(f"a{chr(97 + number)}", {f"{POST}3kaaaaaaaaaaa": str(number)}) for number in range(count)]
+
+
+def all_synced(world: World, accounts: list[Account]) -> bool:
+    return all(world.row(one).state is SyncState.SYNCED for one in accounts)
+
+
+async def seen(world: World, accounts: list[Account]) -> None:
+    """The repositories became due by being seen, in this order."""
+
+    def insert(tx: Transaction) -> None:
+        for number, one in enumerate(accounts):
+            due = clock_us() - 1_000_000 + number
+            tx.set_repo(one.did, NEW_REPO._replace(tracked=True, due=due, pds=world.host.url))
+
+    await world.writer.run("seen", insert)
+
+
+async def test_everything_due_is_fetched_within_the_limits_of_a_host(tmp_path: Path) -> None:
+    accounts = several(12)
+    async with Host() as host, World(tmp_path, host, backfill={"concurrency": 6, "per_host": 2}) as world:
+        for one in accounts:
+            host.serve(one)
+        await seen(world, accounts)
+        await world.running(lambda: all_synced(world, accounts))
+        assert len(host.asked) == 12
+        assert 1 <= host.most_active <= 2
+        assert world.backfill.status()["done"] == 12
+
+
+async def test_explicit_requests_come_first(tmp_path: Path) -> None:
+    accounts = several(6)
+    async with Host() as host, World(tmp_path, host, backfill={"concurrency": 1}) as world:
+        for one in accounts:
+            host.serve(one)
+        await seen(world, accounts[:4])
+        await world.backfill.add([accounts[4].did, accounts[5].did])
+        await world.running(lambda: all_synced(world, accounts))
+        assert sorted(host.asked[:2]) == sorted(one.did for one in accounts[4:])
+        assert host.asked[2:] == [one.did for one in accounts[:4]]
+
+
+async def test_a_stalled_host_holds_up_nobody_else(tmp_path: Path) -> None:
+    stuck, free = several(4), [account(f"z{name}", {}) for name in "abc"]
+    done = asyncio.Event()
+    async with Host() as slow, Host() as host:
+
+        async def wait(request: web.Request) -> web.StreamResponse:
+            await done.wait()
+            return web.Response(body=slow.cars[request.query["did"]])
+
+        async with World(tmp_path, host, backfill={"concurrency": 3, "per_host": 2}) as world:
+            for one in stuck:
+                slow.serve(one)
+                slow.answers[one.did] = wait
+                host.keys[one.did] = one.key.multikey
+                host.pds[one.did] = slow.url
+            for one in free:
+                host.serve(one)
+            await seen(world, [*stuck, *free])
+            await world.running(lambda: all_synced(world, free))
+            assert slow.most_active == 2
+            done.set()
+
+
+async def test_the_repositories_of_a_host_that_rests_are_put_off(tmp_path: Path) -> None:
+    accounts = several(6)
+    limits = {"concurrency": 1, "per_host": 1}
+    async with Host() as host, World(tmp_path, host, backfill=limits) as world:
+        for one in accounts:
+            host.serve(one)
+            host.answers[one.did] = answer_with(429, {"Retry-After": "500"})
+        await seen(world, accounts)
+        await world.running(lambda: all(world.row(one).due > clock_us() + 400_000_000 for one in accounts))
+        assert len(host.asked) == 1
+        assert sum(world.row(one).attempt for one in accounts) == 1
+
+
+async def test_a_row_that_becomes_due_unannounced_is_found(tmp_path: Path) -> None:
+    one = account("one", {})
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        task = asyncio.create_task(world.backfill.run())
+        await seen(world, [one])
+        await world.until(lambda: world.row(one).state is SyncState.SYNCED)
+        await world.backfill.stop()
+        await task
+
+
+async def test_what_is_being_worked_on_is_left_alone_by_another_request(tmp_path: Path) -> None:
+    one = account("one", {})
+    acted: list[list[Did]] = []
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+
+        async def again(request: web.Request) -> web.StreamResponse:
+            acted.append(await world.backfill.add([one.did], again=True))
+            assert world.row(one).due == CLAIMED_DUE
+            return web.Response(body=car_of(one))
+
+        host.answers[one.did] = again
+        await world.backfill.add([one.did])
+        await world.running(lambda: world.row(one).state is SyncState.SYNCED)
+        assert acted == [[]]
+        assert host.asked == [one.did]
+
+
+async def test_nothing_is_fetched_for_synced_or_unfollowed_rows_with_other_work(tmp_path: Path) -> None:
+    synced, gone, wanted = several(3)
+    async with Host() as host, World(tmp_path, host) as world:
+        for one in (synced, gone, wanted):
+            host.serve(one)
+        await seen(world, [synced, gone, wanted])
+        await world.change(synced, state=SyncState.SYNCED)
+        await world.change(gone, tracked=False)
+        await world.running(lambda: world.row(wanted).state is SyncState.SYNCED)
+        assert host.asked == [wanted.did]
+
+
+async def test_ephemeral_mode_follows_without_fetching(tmp_path: Path) -> None:
+    one = account("one", {})
+    async with Host() as host, World(tmp_path, host, ephemeral={"enabled": True}) as world:
+        host.serve(one)
+        await world.backfill.add([one.did])
+        row = world.row(one)
+        assert (row.tracked, row.due) == (True, 0)
+
+
+async def test_below_the_soft_floor_of_the_disk_nothing_begins(tmp_path: Path) -> None:
+    one = account("one", {})
+    async with Host() as host, World(tmp_path, host, disk={"soft_floor_mib": 1 << 40}) as world:
+        host.serve(one)
+        task = asyncio.create_task(world.backfill.run())
+        await world.backfill.add([one.did])
+        while not world.backfill.status()["paused"]:
+            await asyncio.sleep(0)
+        await world.backfill.stop()
+        await task
+        assert host.asked == []
+        assert world.backfill.status()["paused"] == "disk"
+
+
+async def test_a_poisoned_writer_ends_the_backfill(tmp_path: Path) -> None:
+    one = account("one", {})
+    async with Host() as host:
+        host.serve(one)
+        async with World(tmp_path, host) as world:
+            await world.backfill.add([one.did])
+
+            def fail(name: str) -> None:
+                raise RuntimeError(name)
+
+            world.at = fail
+            with pytest.raises(WriterPoisoned):
+                await world.backfill.run()
+
+
+def test_the_relay_is_the_first_upstream_that_is_no_pds() -> None:
+    assert relay_origin(["pds::wss://a", "wss://relay.example/", "wss://b"]) == "https://relay.example"
+    assert relay_origin(["ws://127.0.0.1:1"]) == "http://127.0.0.1:1"
+    assert relay_origin(["pds::wss://a"]) == ""
