@@ -33,7 +33,7 @@ class Pool:
         self._executor: ProcessPoolExecutor | None = None
         self._stopped = False
 
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """``function(*args, **kwargs)`` in a worker; its exceptions are raised here.
 
         ``function`` must be importable by name and its arguments picklable. When a worker dies the

@@ -1,0 +1,203 @@
+"""The one place where parts are built, started, drained and stopped.
+
+Owns the order of start and stop, the tasks of the background parts, and the signals. A part whose task
+ends unexpectedly takes the daemon down with an error: what is half alive loses events silently. Runs
+on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from indexer.atproto.types import Did
+from indexer.backfill import Backfill
+from indexer.config import Settings
+from indexer.errors import IndexerError
+from indexer.identity.http import HttpClient
+from indexer.identity.resolver import Resolver
+from indexer.ingest import Ingest
+from indexer.ingest.filters import Filters
+from indexer.pool import Pool
+from indexer.serve.management import ManagementServer
+from indexer.serve.public import PublicServer
+from indexer.serve.services import Services
+from indexer.store.codecs import Mode
+from indexer.store.database import Database
+from indexer.store.events import EventLog
+from indexer.store.gc import BlocksGcWorker
+from indexer.store.refcounts import CheckpointWorker
+from indexer.store.retention import RetentionWorker
+from indexer.store.writer import Writer
+
+log = structlog.get_logger()
+
+#: Longest that a part may take to drain before it is cancelled, in seconds. A stop is done within 10.
+DRAIN_S = 5.0
+
+
+class Daemon:
+    """``async with Daemon(settings) as daemon:`` runs every part; leaving it drains and closes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._stack = AsyncExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failed: asyncio.Future[None]
+        self.db: Database
+        self.writer: Writer
+        self.ingest: Ingest
+        self.backfill: Backfill
+        self.services: Services
+        self.public: PublicServer
+        self.management: ManagementServer
+
+    async def __aenter__(self) -> Self:
+        self._failed = asyncio.get_running_loop().create_future()
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        log.info("stopping")
+        await self._stack.aclose()
+        log.info("stopped", head=self.writer.head)
+
+    async def _start(self) -> None:
+        settings = self.settings
+        self._open_store()
+        await self.writer.start()
+        self._stack.push_async_callback(self.writer.stop)
+        verifiers, workers = Pool(settings.verifiers), Pool(settings.backfill.processes)
+        self._stack.push_async_callback(verifiers.stop)
+        self._stack.push_async_callback(workers.stop)
+        await verifiers.warm()
+        http = await self._stack.enter_async_context(HttpClient(settings.network))
+        resolver = Resolver(http, settings)
+        filters = Filters.of(settings.filter).with_rows(self.db.filters())
+        self.ingest = Ingest(self.db, self.writer, verifiers, resolver, filters, settings, http=http)
+        self.backfill = Backfill(
+            self.db, self.writer, workers, resolver, http, settings, drain=self.ingest.drain
+        )
+        store_workers: dict[str, CheckpointWorker | BlocksGcWorker | RetentionWorker] = {
+            "checkpoint": CheckpointWorker(self.db, self.writer, settings.gc),
+            "blocks_gc": BlocksGcWorker(self.db, self.writer, settings.gc),
+            "retention": RetentionWorker(self.db, self.writer, settings),
+        }
+        self.services = Services(
+            self.db, self.writer, EventLog(self.db, self.writer), resolver, workers, filters, settings,
+            self.ingest, self.backfill, store_workers,
+        )  # fmt: skip
+        for name, worker in store_workers.items():
+            self._spawn(name, worker.run)
+        self._spawn("backfill", self.backfill.run, self.backfill.stop)
+        self._spawn("ingest", self.ingest.run, self.ingest.stop)
+        await self._listen()
+
+    def _open_store(self) -> None:
+        settings = self.settings
+        mode = Mode(ephemeral=settings.ephemeral.enabled, blocks=settings.store.blocks)
+        self.db = Database.open(settings.data_dir / "db", memory_mib=settings.memory_mib, mode=mode)
+        self._stack.callback(self.db.close)
+        self.writer = Writer(self.db, settings)
+
+    async def _listen(self) -> None:
+        self.public = PublicServer(self.services)
+        await self.public.start()
+        self._stack.push_async_callback(self.public.stop)
+        self.management = ManagementServer(self.services, self.public)
+        await self.management.start()
+        self._stack.push_async_callback(self.management.stop)
+        log.info("listening", public=self.public.url, management=self.management.url)
+
+    def _spawn(
+        self, name: str, run: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Runs a part as a task; its exit is watched, its stop comes in reverse order of start."""
+
+        async def watched() -> None:
+            try:
+                await run()
+            except Exception as error:
+                log.error("part_failed", part=name, error=str(error), exc_info=not _ours(error))
+                if not self._failed.done():
+                    self._failed.set_exception(error)
+
+        task = asyncio.create_task(watched(), name=name)
+
+        async def end() -> None:
+            if stop is not None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop(), DRAIN_S)
+            task.cancel()
+            await asyncio.wait([task])
+
+        self._stack.push_async_callback(end)
+
+    @property
+    def public_url(self) -> str:
+        return self.public.url
+
+    @property
+    def management_url(self) -> str:
+        return self.management.url
+
+    async def add_repos(self, dids: Sequence[Did]) -> None:
+        """Follows repositories from now on and queues them for a fetch."""
+        await self.backfill.add(dids)
+
+    async def wait_connected(self, timeout: float) -> None:
+        """Waits until every upstream is connected; raises `IndexerError` when it takes longer."""
+        async with asyncio.timeout(timeout) as limit:
+            try:
+                while not all(source["connected"] for source in self.ingest.status()):
+                    await asyncio.sleep(0.02)
+            except asyncio.CancelledError:
+                if limit.expired():
+                    raise IndexerError(f"no connection to the upstreams within {timeout:g} s") from None
+                raise
+
+    async def run_until_signal(self, timeout: float | None = None) -> None:
+        """Returns at SIGTERM, at SIGINT or after ``timeout`` seconds; raises what made a part fail."""
+        with _signals() as told:
+            done, _ = await asyncio.wait(
+                [told, self._failed], timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+        if self._failed in done:
+            await self._failed
+
+
+def _ours(error: BaseException) -> bool:
+    return isinstance(error, IndexerError)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[asyncio.Future[None]]:
+    """A future that SIGTERM and SIGINT resolve."""
+    loop = asyncio.get_running_loop()
+    told: asyncio.Future[None] = loop.create_future()
+
+    def tell() -> None:
+        if not told.done():
+            told.set_result(None)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, tell)
+    try:
+        yield told
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
