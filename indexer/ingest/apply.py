@@ -111,9 +111,10 @@ class Applier:
         elif decision.act is Act.BUFFER:
             new = self._buffer(tx, arrival, new, vouched=verdict.signed)
         elif decision.act is Act.REJECT:
-            tx.quarantine(
-                arrival.source, arrival.seq, arrival.did, decision.reason, verdict.message, arrival.data
-            )
+            why = verdict.message
+            if decision.reason != verdict.reason:
+                why = f"{row.pds or 'another host'} is the account's PDS"
+            tx.quarantine(arrival.source, arrival.seq, arrival.did, decision.reason, why, arrival.data)
         self._store(tx, arrival.did, row, new)
         if decision.since_mismatch:
             tx.add_count(f"ingest/{arrival.source}/note/since_mismatch", 1)

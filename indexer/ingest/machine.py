@@ -13,7 +13,7 @@ from typing import NamedTuple
 from indexer.atproto.mst import EMPTY_ROOT
 from indexer.atproto.types import Micros, Rev
 from indexer.ingest.verify import COMMIT, FIELDS_ROW, Outcome, Verdict
-from indexer.store.codecs import RepoRow, SyncState, Work
+from indexer.store.codecs import AccountStatus, RepoRow, SyncState, Work
 
 
 class Act(IntEnum):
@@ -52,7 +52,7 @@ def decide(row: RepoRow, verdict: Verdict, situation: Situation) -> Decision:
     """What one verified frame does, in the precedence of sync.md §2: rows 0–2, DROP, REJECT, DESYNC."""
     if verdict.outcome is Outcome.REJECT and verdict.row <= FIELDS_ROW:
         return Decision(Act.REJECT, verdict.reason, row)
-    if not row.status.active:
+    if not _takes_frames(row, situation):
         return Decision(Act.DROP, "inactive", _raised(row, verdict))
     if verdict.rev <= row.rev:
         return Decision(Act.DROP, "stale_rev", row)
@@ -68,6 +68,13 @@ def decide(row: RepoRow, verdict: Verdict, situation: Situation) -> Decision:
     if situation.ephemeral:
         return _decide_ephemeral(row, verdict)
     return _decide_by_state(row, verdict, situation)
+
+
+def _takes_frames(row: RepoRow, situation: Situation) -> bool:
+    """Row 5. A frame that waited came in while the account was active, before the word that hid it."""
+    if situation.draining:
+        return row.status is not AccountStatus.DELETED
+    return row.status.active
 
 
 def _decide_by_state(row: RepoRow, verdict: Verdict, situation: Situation) -> Decision:
