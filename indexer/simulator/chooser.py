@@ -21,7 +21,7 @@ _SINGLE_KEYS = ("self", "example.com", "a:b", "~x_-1", "pre:fix", "UPPER.lower")
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Chance of each rare event, a step."""
+    """Chance of each rare event, a step; and how large the network may grow by itself."""
 
     account: float = 0.004
     handle: float = 0.002
@@ -32,6 +32,8 @@ class Rates:
     sync: float = 0.0005
     batch: float = 0.03
     big_batch: float = 0.002
+    max_accounts: int = 2_000
+    max_records: int = 300_000  # about 1.5 KB of memory each; beyond it as much is deleted as is made
 
 
 class Chooser:
@@ -58,12 +60,15 @@ class Chooser:
         else:
             return None
         if kind == "account":
-            return world.create()
+            return world.create() if len(world.accounts) < rates.max_accounts else None
         if kind == "status":
             return self._status(rng)
         if len(world.active) < 4:  # a tiny network keeps its people
             return None
-        did = rng.choice(world.active).did
+        account = rng.choice(world.active)
+        if not account.seen:  # who has a past is first seen by a commit
+            return None
+        did = account.did
         if kind == "handle":
             return world.set_handle(did, f"{rng.choice(NAMES)}-{world.steps}.{rng.choice(PLACES)}.test")
         if kind == "delete":
@@ -71,7 +76,7 @@ class Chooser:
         if kind == "key":
             return world.change_key(did)
         if kind == "migrate" and world.pds > 1:
-            return world.change_key(did, pds=(world.account(did).pds + 1) % world.pds)
+            return world.change_key(did, pds=(account.pds + 1) % world.pds)
         return world.sync(did)
 
     def _status(self, rng: Random) -> Happening | None:
@@ -80,10 +85,11 @@ class Chooser:
         away = [account for account in world.accounts.values() if account.status not in (ACTIVE, "deleted")]
         if away and (len(away) > 2 or rng.random() < 0.5):
             return world.set_status(rng.choice(away).did, ACTIVE)
-        if len(world.active) < 4:
+        account = rng.choice(world.active)
+        if len(world.active) < 4 or not account.seen:
             return None
         status = rng.choice(("deactivated", "deactivated", "takendown", "suspended"))
-        return world.set_status(rng.choice(world.active).did, status)
+        return world.set_status(account.did, status)
 
     def _commit(self, rng: Random) -> Happening:
         world = self._world
@@ -98,14 +104,17 @@ class Chooser:
             count = rng.randrange(2, 20)
         else:
             count = 1
-        return world.commit(account.did, choose_writes(rng, world, account, count))
+        changing = 0.2 if world.records < self._rates.max_records else 0.75
+        return world.commit(account.did, choose_writes(rng, world, account, count, changing))
 
 
-def choose_writes(rng: Random, world: World, account: Account, count: int) -> list[Write]:
-    """``count`` writes on distinct paths: mostly creates, some deletes and updates of what is there."""
+def choose_writes(
+    rng: Random, world: World, account: Account, count: int, changing: float = 0.2
+) -> list[Write]:
+    """``count`` writes on distinct paths: creates, and with chance ``changing`` deletes and updates."""
     writes: dict[str, Write] = {}
     while len(writes) < count:
-        write = _change(rng, world, account) if rng.random() < 0.2 else None
+        write = _change(rng, world, account) if rng.random() < changing else None
         write = write or _create(rng, world, account)
         if write.path not in writes:
             writes[write.path] = write

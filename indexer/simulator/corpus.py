@@ -32,7 +32,7 @@ from indexer.simulator.world import Clock, Happening, World
 #: Where the virtual clock begins: 2025-01-01T00:00:00Z.
 EPOCH_US = 1_735_689_600_000_000
 #: Nothing but commits, as benches want them.
-QUIET = Rates(account=0, handle=0, status=0, delete=0, sync=0)
+QUIET = Rates(account=0, handle=0, status=0, delete=0, sync=0, max_records=1 << 40)
 _FORMAT = 1
 _STEP_US = 1_000
 

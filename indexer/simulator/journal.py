@@ -22,7 +22,7 @@ SEGMENT_BYTES = 64 << 20
 
 
 class JournalError(Exception):
-    """The journal cannot be used: held by another process, or damaged before its end."""
+    """The journal cannot be used: held by another process, damaged before its end, no room."""
 
 
 class Place(NamedTuple):
@@ -74,7 +74,8 @@ class Journal:
         rest = b"".join((len(body).to_bytes(4, "big"), body, *frames))
         data = b"".join((len(rest).to_bytes(4, "big"), zlib.crc32(rest).to_bytes(4, "big"), rest))
         file.seek(self._end)
-        file.write(data)
+        if file.write(data) != len(data):
+            raise JournalError("the journal could not be written; is the disk full?")
         place = Place(number, self._end + _HEAD + len(body))
         self._end += len(data)
         return place

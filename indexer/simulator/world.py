@@ -73,6 +73,7 @@ class World:
         self.pds = pds
         self.clock = clock
         self.steps = 0
+        self.records = 0
         self.accounts: dict[str, Account] = {}
         self.active: list[Account] = []
         self.unseen: list[Account] = []
@@ -264,6 +265,7 @@ class World:
         if account.status == ACTIVE:
             self.active.append(account)
         elif account.status == DELETED:
+            self.records -= len(account.records)
             account.clear()
 
     def _restore_handle(self, row: dict[str, Any]) -> None:
@@ -294,6 +296,7 @@ class World:
 
     def _remember(self, account: Account, changes: Sequence[Change]) -> None:
         for change in changes:
+            self.records += (change.action == "create") - (change.action == "delete")
             if change.cid and change.path.startswith(content.POST):
                 self._posts.append((f"at://{account.did}/{change.path}", cid_text(change.cid)))
 

@@ -26,7 +26,7 @@ BUSY = Rates(
     migrate=0.02,
     sync=0.01,
     batch=0.1,
-    big_batch=0.01,
+    big_batch=0.005,
 )
 START = 1_700_000_000_000_000
 
@@ -104,7 +104,7 @@ def test_every_frame_verifies_alone_and_the_log_folds_to_the_ledger() -> None:
     for happening in [world.create() for _ in range(8)]:
         for kind, payload in frames_of(happening):
             reader.take(kind, payload, world.accounts[happening.row["did"]].key.did_key)
-    for _ in range(220):
+    for _ in range(140):
         happening = chooser.step()
         key = world.accounts[happening.row["did"]].key.did_key
         for kind, payload in frames_of(happening):
@@ -259,6 +259,21 @@ def test_both_curves_are_in_use_and_migration_changes_host_and_key() -> None:
         (1 - home, "#sync", True),
         (home, "#account", False),
     ]
+
+
+def test_growth_ends_at_the_limits() -> None:
+    world = make_world()
+    chooser = Chooser(world, Rates(account=0.2, batch=0.3, max_accounts=6, max_records=150))
+    for _ in range(4):
+        world.create()
+    sizes = []
+    for _ in range(600):
+        chooser.step()
+        sizes.append(world.records)
+    assert len(world.accounts) == 6
+    assert min(sizes[300:]) > 100
+    assert max(sizes) < 500
+    assert world.records == sum(len(account.records) for account in world.accounts.values())
 
 
 def test_a_deleted_account_keeps_nothing() -> None:
