@@ -17,5 +17,5 @@ def test_the_simulator_shares_no_code_with_what_it_tests() -> None:
                 imported.update(name.name for name in node.names)
     ours = {name for name in imported if name.split(".")[0] == "indexer"}
     assert ours
-    assert all(name.startswith("indexer.simulator.") for name in ours)
+    assert all(f"{name}.".startswith("indexer.simulator.") for name in ours)
     assert not imported & {"libipld", "cbor2"}  # the indexer's own codecs
