@@ -11,8 +11,8 @@ import asyncio
 import functools
 import json
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -60,7 +60,7 @@ class Daemon:
         async with self._call(method, url, headers=self._headers, json=body) as response:
             return await response.json()
 
-    async def lines(self, path: str) -> AsyncIterator[dict[str, Any]]:
+    async def lines(self, path: str) -> AsyncGenerator[dict[str, Any]]:
         """The objects of an NDJSON answer of the management API."""
         headers = {**self._headers, "Accept": NDJSON}
         async with self._call("GET", f"{self.management}{path}", headers=headers) as response:
@@ -137,8 +137,6 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        raise SystemExit(0) from None
 
 
 # --- get --------------------------------------------------------------------------------------------------
@@ -190,17 +188,22 @@ def stream(
     async def main() -> None:
         patterns = [check_nsid_pattern(item) for item in collections]
         wanted = [check_did(item) for item in dids]
-        start = (await daemon.health())["head"] if cursor is None else cursor
-        tail = Tail(daemon.public, patterns, wanted, start)
+        head = (await daemon.health())["head"]
+        tail = Tail(daemon.public, patterns, wanted, head if cursor is None else cursor)
         left = limit
-        async for text, message in tail.messages():
+
+        def take(text: str, message: Mapping[str, Any]) -> bool:
+            nonlocal left
             is_event = message["type"] != "info"
             if raw:
                 click.echo(text)
             else:
                 click.echo(_shown(message), err=not is_event)
-            if left is not None and is_event and (left := left - 1) == 0:
-                return
+            if left is not None and is_event:
+                left -= 1
+            return left == 0
+
+        await tail.follow(take)
 
     _run(main())
 
@@ -214,46 +217,46 @@ class Tail:
         self._filters += [("wantedDids", item) for item in dids]
         self._cursor = cursor
 
-    async def messages(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-        """Messages as text and parsed, for ever."""
+    async def follow(self, take: Callable[[str, Mapping[str, Any]], bool]) -> None:
+        """Hands every message, as text and parsed, to ``take`` until it returns true."""
         wait, longest = _RETRY_S
         while True:
+            before = self._cursor
             try:
-                async for text, message in self._session():
-                    wait = _RETRY_S[0]
-                    yield text, message
+                if await self._session(take):
+                    return
                 why = "the server closed the stream"
             except aiohttp.WSServerHandshakeError as error:
                 if error.status < 500 and error.status != 429:
-                    message = f"the daemon refused the stream: HTTP {error.status}"
-                    raise FetchRefused(message, status=error.status) from error
+                    refusal = f"the daemon refused the stream: HTTP {error.status}"
+                    raise FetchRefused(refusal, status=error.status) from error
                 why = f"the daemon is busy: HTTP {error.status}"
             except (aiohttp.ClientError, TimeoutError) as error:
                 why = str(error) or type(error).__name__
             click.echo(f"{why}; connecting again", err=True)
+            wait = _RETRY_S[0] if self._cursor != before else min(wait * 2, longest)
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
-            wait = min(wait * 2, longest)
 
-    async def _session(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-        params = [*self._filters, ("cursor", str(self._cursor))]
+    async def _session(self, take: Callable[[str, Mapping[str, Any]], bool]) -> bool:
+        """One connection; true when ``take`` has enough, false when the server closed."""
+        url = f"{self._base}/stream?{urlencode([*self._filters, ('cursor', str(self._cursor))])}"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
-            session.ws_connect(
-                f"{self._base}/stream?{urlencode(params)}", max_msg_size=_MAX_MESSAGE
-            ) as socket,
+            session.ws_connect(url, max_msg_size=_MAX_MESSAGE) as socket,
         ):
             async for frame in socket:
                 if frame.type is not aiohttp.WSMsgType.TEXT:
-                    return
+                    return False
                 message = json.loads(frame.data)
                 if message["type"] == "error":
-                    raise FetchRefused(
-                        f"{message['name']}: {message['message']}", status=400, name=message["name"]
-                    )
+                    refusal = f"{message['name']}: {message['message']}"
+                    raise FetchRefused(refusal, status=400, name=message["name"])
                 # A notice's id is where the stream goes on, an event's is the event's own.
                 self._cursor = message["id"] if message["type"] == "info" else message["id"] + 1
-                yield frame.data, message
+                if take(frame.data, message):
+                    return True
+        return False
 
 
 def _shown(message: Mapping[str, Any]) -> str:
@@ -291,14 +294,11 @@ def add(daemon: Daemon, dids: tuple[str, ...], wait: bool, raw: bool) -> None:
 
     async def main() -> None:
         wanted = [check_did(did) for did in dids]
-        acted = [
-            item["did"] for item in await daemon.manage("PUT", "/repos", [{"did": did} for did in wanted])
-        ]
+        await daemon.manage("PUT", "/repos", [{"did": did} for did in wanted])
         for did in wanted:
-            if did not in acted:
+            row = await (_settled(daemon, did) if wait else daemon.manage("GET", _path(did)))
+            if not row["tracked"]:
                 raise RequestError(f"{did} is excluded by the filter and was not added")
-        for did in acted:
-            row = await _settled(daemon, did) if wait else {"did": did}
             click.echo(json.dumps(row) if raw else _line(row))
 
     _run(main())
@@ -307,8 +307,8 @@ def add(daemon: Daemon, dids: tuple[str, ...], wait: bool, raw: bool) -> None:
 async def _settled(daemon: Daemon, did: str) -> dict[str, Any]:
     """The repository's state once it is synced or inactive."""
     while True:
-        row: dict[str, Any] = await daemon.manage("GET", f"/repos/{quote(did, safe=':')}")
-        if row["state"] == "synced" or not row["active"]:
+        row: dict[str, Any] = await daemon.manage("GET", _path(did))
+        if row["state"] == "synced" or not row["active"] or not row["tracked"]:
             return row
         if row["error"] and not row["due_us"]:
             raise RequestError(f"{did}: {row['error']}")
@@ -323,8 +323,9 @@ def list_repos(daemon: Daemon, state: str | None, raw: bool) -> None:
     """List known repositories in the order of their DIDs."""
 
     async def main() -> None:
-        async for row in daemon.lines(f"/repos?state={state}" if state else "/repos"):
-            click.echo(json.dumps(row) if raw else _line(row))
+        async with aclosing(daemon.lines(f"/repos?state={state}" if state else "/repos")) as rows:
+            async for row in rows:
+                click.echo(json.dumps(row) if raw else _line(row))
 
     _run(main())
 
@@ -337,7 +338,7 @@ def status(daemon: Daemon, did: str, raw: bool) -> None:
     """Show everything known about one repository."""
 
     async def main() -> None:
-        row = await daemon.manage("GET", f"/repos/{quote(check_did(did), safe=':')}")
+        row = await daemon.manage("GET", _path(check_did(did)))
         if raw:
             click.echo(json.dumps(row))
         else:
@@ -347,9 +348,11 @@ def status(daemon: Daemon, did: str, raw: bool) -> None:
     _run(main())
 
 
+def _path(did: str) -> str:
+    return f"/repos/{quote(did, safe=':')}"
+
+
 def _line(row: Mapping[str, Any]) -> str:
-    if "state" not in row:
-        return f"{row['did']} queued"
     status = "" if row["active"] else f" ({row['status']})"
     return f"{row['did']} {row['state']}{status} {row['rev'] or '-'} {row['handle'] or '-'}"
 

@@ -55,7 +55,7 @@ def statistics(services: Services, streams: StreamHub | None, xrpc: Xrpc | None)
         "started_at": _STARTED_AT,
         "uptime_s": round(time.monotonic() - _STARTED, 1),
         "mode": {
-            "filter": services.settings.filter.mode,
+            "filter": services.current_filters().mode,
             "ephemeral": db.mode.ephemeral,
             "blocks": db.mode.blocks,
         },
@@ -71,6 +71,7 @@ def statistics(services: Services, streams: StreamHub | None, xrpc: Xrpc | None)
         },
         "records": {"total": db.count("records"), "by_collection": _collections(services)},
         "ingest": {"sources": sources_of(services), "outcomes": outcomes(services)},
+        "writer": plain(writer.stats),
         "backfill": {"pending": pending(services), **_figures(services.backfill)},
         "workers": workers(services),
         "store": store(services),

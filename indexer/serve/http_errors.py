@@ -7,6 +7,7 @@ into that shape, and that bounds how long a query may take. Leaves the meaning o
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import orjson
 import structlog
@@ -88,15 +89,27 @@ def errors_middleware(timeout: float, unbounded: frozenset[str] = frozenset()) -
             async with asyncio.timeout(limit):
                 return await handler(request)
         except Exception as error:
-            if _begun(request):
-                # The status line is on its way: all that is left is to cut the answer short.
-                log.warning("answer_cut_short", path=request.path, error=str(error))
-                raise
             return as_response(error)
 
     return middleware
 
 
-def _begun(request: web.Request) -> bool:
-    writer = getattr(request, "_payload_writer", None)
-    return bool(writer is not None and getattr(writer, "output_size", 0))
+async def send_pieces(
+    request: web.Request, response: web.StreamResponse, pieces: AsyncIterator[bytes], piece_timeout: float
+) -> web.StreamResponse:
+    """Streams an answer. Its status is on its way, so a failure can only cut the connection, which the
+    reader sees as an incomplete body; so does one who takes longer than the limit for a piece."""
+    await response.prepare(request)
+    try:
+        async for piece in pieces:
+            async with asyncio.timeout(piece_timeout):
+                await response.write(piece)
+        await response.write_eof()
+    except ConnectionError:
+        pass
+    except Exception as error:
+        report = log.error if isinstance(error, StoreError) else log.warning
+        report("answer_cut_short", path=request.path, error=str(error) or type(error).__name__)
+        if request.transport is not None:
+            request.transport.abort()
+    return response

@@ -29,11 +29,6 @@ _MAX_ITEMS: Final = 100_000
 _STEP: Final = 500
 
 
-def current_filters(services: Services) -> Filters:
-    """The filters in force: what was stored over what is set."""
-    return services.filters.with_rows(services.db.filters())
-
-
 class FilterRoutes:
     """Handlers of `/filter`."""
 
@@ -45,11 +40,11 @@ class FilterRoutes:
         app.router.add_patch("/filter", self.patch)
 
     async def show(self, _request: web.Request) -> web.StreamResponse:
-        return json_response(_shown(current_filters(self._services)))
+        return json_response(_shown(self._services.current_filters()))
 
     async def patch(self, request: web.Request) -> web.StreamResponse:
         """Stores new filters, tells ingest, queues what they affect."""
-        old = current_filters(self._services)
+        old = self._services.current_filters()
         new = patched(old, await request.read())
         await self._services.writer.run("filter_patch", lambda tx: _store(tx, new))
         if self._services.ingest is not None:
@@ -72,7 +67,7 @@ class FilterRoutes:
             changed += await self._services.writer.run("filter_revisit", mark)
             await asyncio.sleep(0)
         if refetch and self._services.backfill is not None:
-            await self._services.backfill.add([])
+            self._services.backfill.wake()
         return changed if refetch else 0
 
 

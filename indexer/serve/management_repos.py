@@ -7,7 +7,7 @@ answer names those acted on in the same form. Changes go through the writer, som
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -17,8 +17,7 @@ from indexer.atproto.cid import dag_cbor_cid, format_cid
 from indexer.atproto.syntax import check_did
 from indexer.atproto.types import Did
 from indexer.errors import RequestError, SyntaxInvalid
-from indexer.serve.http_errors import json_response
-from indexer.serve.management_filter import current_filters
+from indexer.serve.http_errors import json_response, send_pieces
 from indexer.serve.xrpc.params import Params
 from indexer.serve.xrpc.records import collection_counts
 from indexer.store.codecs import NEW_REPO, RepoRow, SyncState, Work
@@ -52,7 +51,9 @@ class RepoRoutes:
         state = params.optional("state", _checked_state)
         after = params.optional("cursor", check_did) or ""
         if NDJSON in request.headers.get("Accept", ""):
-            return await self._stream(request, state, after, params.optional_integer("limit"))
+            lines = self._lines(state, after, params.optional_integer("limit"))
+            response = web.StreamResponse(headers={"Content-Type": NDJSON})
+            return await send_pieces(request, response, lines, self._services.settings.public.request_timeout)
         limit = params.integer("limit", 1000, 1, MAX_PAGE)
         page: list[dict[str, Any]] = []
         for row in self._rows(state, after):
@@ -86,15 +87,10 @@ class RepoRoutes:
         )
 
     async def follow(self, request: web.Request) -> web.StreamResponse:
-        """Follows repositories: queued to be fetched, excluded ones left out."""
-        filters = current_filters(self._services)
-        dids = [did for did in await read_dids(request) if not filters.is_excluded(did)]
-        for step in _steps(dids):
-            if self._services.backfill is not None:
-                await self._services.backfill.add(step)
-            else:
-                await self._change("repos_follow", step, _followed, create=True)
-        return _acted_on(request, dids)
+        """Follows repositories and queues them for a fetch; excluded ones are left out."""
+        filters = self._services.current_filters()
+        wanted = [did for did in await read_dids(request) if not filters.is_excluded(did)]
+        return _acted_on(request, await self._request(wanted, _followed, again=False))
 
     async def remove(self, request: web.Request) -> web.StreamResponse:
         """Follows repositories no longer; ``purge=true`` deletes what is held of them too."""
@@ -106,16 +102,21 @@ class RepoRoutes:
 
     async def resync(self, request: web.Request) -> web.StreamResponse:
         """Fetches followed repositories again."""
+        db = self._services.db
+        wanted = [did for did in await read_dids(request) if (row := db.repo(did)) and row.tracked]
+        return _acted_on(request, await self._request(wanted, _desynchronized, again=True))
+
+    async def _request(
+        self, dids: Sequence[Did], change: Callable[[RepoRow, int], RepoRow | None], *, again: bool
+    ) -> list[Did]:
+        """Asks the backfill, where it runs; else writes down what it will find when it does."""
         acted: list[Did] = []
-        for step in _steps(await read_dids(request)):
+        for step in _steps(dids):
             if self._services.backfill is not None:
-                known = [did for did in step if (row := self._services.db.repo(did)) and row.tracked]
-                await self._change("repos_resync", known, _desynchronized)
-                await self._services.backfill.add(known)
-                acted += known
+                acted += await self._services.backfill.add(step, again=again)
             else:
-                acted += await self._change("repos_resync", step, _desynchronized)
-        return _acted_on(request, acted)
+                acted += await self._change("repos_request", step, change, create=not again)
+        return acted
 
     async def _change(
         self,
@@ -132,13 +133,13 @@ class RepoRoutes:
             acted = []
             for did in dids:
                 row = tx.repo(did) or (NEW_REPO if create else None)
-                if row is None or (changed := change(row, tx.now_us)) is None:
+                changed = change(row, tx.now_us) if row is not None else None
+                if changed is None:
                     continue
+                if tx.repo(did) != changed:
+                    tx.set_repo(did, changed)
                 if purge:
-                    tx.set_repo(did, changed)
-                    tx.wipe_repo(did, row.status)
-                else:
-                    tx.set_repo(did, changed)
+                    tx.wipe_repo(did, changed.status)
                 acted.append(did)
             return acted
 
@@ -155,16 +156,13 @@ class RepoRoutes:
             after = rows[-1][0]
             yield None
 
-    async def _stream(
-        self, request: web.Request, state: str | None, after: Did, limit: int | None
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": NDJSON})
-        await response.prepare(request)
+    async def _lines(self, state: str | None, after: Did, limit: int | None) -> AsyncIterator[bytes]:
+        """Rows as NDJSON, some hundred at a time."""
         lines: list[bytes] = []
         left = -1 if limit is None else limit
         for row in self._rows(state, after):
             if row is None or len(lines) >= _STEP:
-                await response.write(b"".join(lines))
+                yield b"".join(lines)
                 lines.clear()
                 await asyncio.sleep(0)
             if row is not None:
@@ -172,9 +170,7 @@ class RepoRoutes:
                     break
                 left -= 1
                 lines.append(orjson.dumps(row) + b"\n")
-        await response.write(b"".join(lines))
-        await response.write_eof()
-        return response
+        yield b"".join(lines)
 
 
 def describe(did: Did, row: RepoRow) -> dict[str, Any]:
@@ -243,15 +239,13 @@ def _steps(dids: Sequence[Did]) -> Iterator[Sequence[Did]]:
         yield dids[start : start + _STEP]
 
 
-def _followed(row: RepoRow, _now_us: int) -> RepoRow:
-    return row._replace(tracked=True)
+def _followed(row: RepoRow, now_us: int) -> RepoRow | None:
+    return None if row.tracked else row._replace(tracked=True, due=now_us)
 
 
 def _unfollowed(row: RepoRow, _now_us: int) -> RepoRow:
     return row._replace(tracked=False, due=0, work=0)
 
 
-def _desynchronized(row: RepoRow, now_us: int) -> RepoRow | None:
-    if not row.tracked:
-        return None
+def _desynchronized(row: RepoRow, now_us: int) -> RepoRow:
     return row._replace(state=SyncState.DESYNCHRONIZED, due=now_us, attempt=0, error="")

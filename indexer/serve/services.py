@@ -5,19 +5,17 @@ Tests build it from a store alone; the daemon fills in every part.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol
 
 from indexer.atproto.types import Did, Handle
 from indexer.config import Settings
 from indexer.ingest.filters import Filters
+from indexer.pool import Pool
 from indexer.store.database import Database
 from indexer.store.events import EventLog
 from indexer.store.writer import Writer
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class ResolverLike(Protocol):
@@ -26,12 +24,6 @@ class ResolverLike(Protocol):
     async def resolve_handle(self, handle: Handle, /) -> Did: ...
 
     async def verified_handle(self, did: Did, /) -> Handle: ...
-
-
-class PoolLike(Protocol):
-    """Worker processes for pure CPU work."""
-
-    def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]: ...
 
 
 class IngestLike(Protocol):
@@ -45,7 +37,9 @@ class IngestLike(Protocol):
 class BackfillLike(Protocol):
     """The fetching side."""
 
-    async def add(self, dids: Sequence[Did], /) -> object: ...
+    async def add(self, dids: Sequence[Did], /, *, again: bool = False) -> list[Did]: ...
+
+    def wake(self) -> None: ...
 
     def status(self) -> Mapping[str, Any]: ...
 
@@ -67,10 +61,14 @@ class Services:
     writer: Writer
     log: EventLog
     resolver: ResolverLike
-    pool: PoolLike
+    pool: Pool
     filters: Filters
     settings: Settings
     ingest: IngestLike | None = None
     backfill: BackfillLike | None = None
     #: "checkpoint", "blocks_gc", "retention"
     workers: Mapping[str, WorkerLike] = field(default_factory=dict)
+
+    def current_filters(self) -> Filters:
+        """The filters in force: what was stored over what is set."""
+        return self.filters.with_rows(self.db.filters())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -13,8 +12,8 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from indexer.atproto import mst
-from indexer.atproto.commit import Commit, encode_commit
 from indexer.atproto.cid import dag_cbor_cid
+from indexer.atproto.commit import Commit, encode_commit
 from indexer.atproto.dagcbor import record_from_json
 from indexer.config import Settings
 from indexer.errors import IdentityGone
@@ -29,7 +28,7 @@ from indexer.store.database import Database
 from indexer.store.events import EventLog
 from indexer.store.transaction import Transaction
 from indexer.store.writer import Writer
-from tests.paths import shared_data
+from tests.commands.real_repos import repo_file, truth_of
 
 ALICE = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 BOB = "did:plc:bbbbbbbbbbbbbbbbbbbbbbbb"
@@ -163,10 +162,8 @@ async def set_status(node: Node, did: str, status: AccountStatus) -> None:
 
 async def load_car(node: Node, name: str) -> dict[str, Any]:
     """Stores a captured repository (``repos/NAME.car``) and returns its ground truth."""
-    data = shared_data(f"repos/{name}.car").read_bytes()
-    truth: dict[str, Any] = json.loads(
-        gzip.decompress(shared_data(f"repos/{name}.truth.json.gz").read_bytes())
-    )
+    data = repo_file(f"{name}.car").read_bytes()
+    truth = truth_of(name)
     repo = load_repo(data)
     did = repo.commit.did
 
@@ -177,7 +174,7 @@ async def load_car(node: Node, name: str) -> dict[str, Any]:
             did,
             NEW_REPO._replace(
                 tracked=True, state=SyncState.SYNCED, complete=True, rev=repo.commit.rev,
-                commit=repo.commit_block, data=repo.commit.data, signing_key=truth.get("signing_key", ""),
+                commit=repo.commit_block, data=repo.commit.data, signing_key=truth["signingKey"],
             ),
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ from indexer.atproto.cid import dag_cbor_cid, format_cid, parse_cid
 from indexer.atproto.syntax import check_did, check_nsid, check_rkey, check_tid
 from indexer.atproto.types import Cid, Did
 from indexer.errors import RequestError, StoreCorrupt
-from indexer.serve.http_errors import json_response
+from indexer.serve.http_errors import json_response, send_pieces
 from indexer.serve.xrpc import access
 from indexer.serve.xrpc.access import Context
 from indexer.serve.xrpc.params import Params
@@ -55,9 +55,12 @@ async def get_repo(context: Context, params: Params, request: web.Request) -> we
             commit = dag_cbor_cid(row.commit)
             if (unchanged := not_modified(request, format_cid(commit))) is not None:
                 return unchanged
-            links = await _links(context, snapshot, did, row, since)
+            timeout = services.settings.public.request_timeout
+            async with asyncio.timeout(timeout):
+                links = await _links(context, snapshot, did, row, since)
             chunks = _car(services.db, snapshot, did, (commit, row.commit), links)
-            return await _stream(context, request, did, commit, chunks)
+            headers = {"Content-Type": CAR_TYPE, "ETag": f'"{format_cid(commit)}"'}
+            return await send_pieces(request, web.StreamResponse(headers=headers), chunks, timeout)
 
 
 async def get_record(context: Context, params: Params, request: web.Request) -> web.StreamResponse:
@@ -227,20 +230,6 @@ def _block(db: Database, snapshot: Snapshot, did: Did, cid: Cid) -> bytes:
     if block is None:
         raise StoreCorrupt(f"the block {format_cid(cid)} of {did} is missing")
     return block
-
-
-async def _stream(
-    context: Context, request: web.Request, did: Did, commit: Cid, chunks: AsyncIterator[bytes]
-) -> web.StreamResponse:
-    """Sends a CAR; each piece must be taken within the request's time limit."""
-    response = web.StreamResponse(headers={"Content-Type": CAR_TYPE, "ETag": f'"{format_cid(commit)}"'})
-    await response.prepare(request)
-    limit = context.services.settings.public.request_timeout
-    async for chunk in chunks:
-        async with asyncio.timeout(limit):
-            await response.write(chunk)
-    await response.write_eof()
-    return response
 
 
 def _car_response(root: Cid | None, blocks: Iterable[tuple[Cid, bytes]]) -> web.Response:

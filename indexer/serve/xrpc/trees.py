@@ -20,7 +20,7 @@ from indexer.errors import RequestError, StoreCorrupt
 from indexer.store.codecs import CID_BYTES, RecordRow
 
 if TYPE_CHECKING:
-    from indexer.serve.services import PoolLike
+    from indexer.pool import Pool
     from indexer.store.database import Snapshot
 
 _BUILDS_AT_ONCE = 2
@@ -40,7 +40,7 @@ class Listing(NamedTuple):
 class Trees:
     """Rebuilds trees and remembers them."""
 
-    def __init__(self, pool: PoolLike, *, cache_bytes: int, max_records: int) -> None:
+    def __init__(self, pool: Pool, *, cache_bytes: int, max_records: int) -> None:
         self._pool = pool
         self._budget = cache_bytes
         self._max_records = max_records

@@ -1,0 +1,273 @@
+"""The management API: who may use it, repositories, filters, the database."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from indexer.errors import ConfigError
+from indexer.ingest.filters import Filters
+from indexer.serve.management import ManagementServer
+from indexer.serve.management_filter import patched
+from indexer.store.codecs import SyncState
+from indexer.store.refcounts import CheckpointWorker
+from tests.serve.node import ALICE, BOB, POST, Node, fill, running, settings
+
+TOKEN = "a-secret-token"
+
+
+def _basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("header", "allowed"),
+    [
+        (f"Bearer {TOKEN}", True),
+        (f"bearer {TOKEN}", True),
+        (_basic("admin", TOKEN), True),
+        (_basic("root", TOKEN), False),
+        (_basic("admin", "wrong"), False),
+        ("Basic !!!", False),
+        (f"Bearer {TOKEN}x", False),
+        (f"Token {TOKEN}", False),
+        ("Bearer ", False),
+        ("", False),
+    ],
+)
+async def test_with_a_token_every_request_must_carry_it(tmp_path: Path, header: str, allowed: bool) -> None:
+    async with running(tmp_path, management={"token": TOKEN}) as node:
+        headers = {"Authorization": header} if header else {}
+        for path in ("/readyz", "/metrics", "/repos", "/nothing"):
+            async with node.http.get(f"{node.management.url}{path}", headers=headers) as response:
+                assert (response.status != 401) is allowed
+                if not allowed:
+                    assert (await response.json())["error"] == "AuthenticationRequired"
+
+
+async def test_an_open_bind_needs_a_token(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        for bind in ("0.0.0.0:0", "192.0.2.1:3001", "[::]:0"):
+            config = settings(tmp_path, management={"bind": bind})
+            with pytest.raises(ConfigError, match=r"management\.token"):
+                ManagementServer(dataclasses.replace(node.services, settings=config))
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "evil.example:3001"}]
+)
+async def test_web_pages_may_not_manage(tmp_path: Path, headers: dict[str, str]) -> None:
+    async with running(tmp_path) as node:
+        status, answer = await node.manage("GET", "/filter", headers=headers)
+        assert (status, answer["error"]) == (403, "Forbidden")
+
+
+async def test_management_answers_carry_no_cors(tmp_path: Path) -> None:
+    async with running(tmp_path) as node, node.http.get(f"{node.management.url}/repos") as response:
+        assert "Access-Control-Allow-Origin" not in response.headers
+
+
+@pytest.mark.parametrize(
+    "body", [json.dumps([{"did": ALICE}, {"did": BOB}]), f'{{"did":"{ALICE}"}}\n\n{{"did":"{BOB}"}}\n']
+)
+async def test_repositories_are_followed_from_json_and_ndjson(tmp_path: Path, body: str) -> None:
+    async with running(tmp_path, filter={"excludes": [BOB]}) as node:
+        status, answer = await node.manage("PUT", "/repos", data=body)
+        assert (status, answer) == (200, [{"did": ALICE}])
+        status, row = await node.manage("GET", f"/repos/{ALICE}")
+        assert (row["tracked"], row["state"], row["records"]) == (True, "pending", 0)
+        assert row["due_us"] > 0
+        assert (await node.manage("GET", f"/repos/{BOB}"))[0] == 404
+
+
+@pytest.mark.parametrize(
+    "body", ["{", "[1]", '{"dids": []}', '[{"did": "alice"}]', '{"did": 5}', "[[]]", '"did:plc:x"']
+)
+async def test_a_malformed_body_changes_nothing(tmp_path: Path, body: str) -> None:
+    async with running(tmp_path) as node:
+        good = json.dumps({"did": ALICE}) + "\n" if not body.startswith("[") else ""
+        status, answer = await node.manage("PUT", "/repos", data=good + body)
+        assert (status, answer["error"]) == (400, "InvalidRequest")
+        assert node.services.db.repo(ALICE) is None
+
+
+async def test_a_body_beyond_the_limit_is_refused(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        status, answer = await node.manage("PUT", "/repos", data=io.BytesIO(b" " * ((8 << 20) + 1)))
+        assert (status, answer["error"]) == (413, "PayloadTooLarge")
+
+
+async def test_repositories_are_listed_by_state_in_pages_and_as_ndjson(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        dids = [f"did:plc:{letter * 24}" for letter in "cdefg"]
+        for index, did in enumerate(dids):
+            await fill(node, did, [], state=SyncState.SYNCED if index % 2 else SyncState.PENDING)
+        _, page = await node.manage("GET", "/repos?limit=3")
+        _, rest = await node.manage("GET", f"/repos?limit=3&cursor={page['cursor']}")
+        assert [row["did"] for row in page["repos"] + rest["repos"]] == dids
+        assert "cursor" not in rest
+        _, synced = await node.manage("GET", "/repos?state=synced&limit=2")
+        assert [row["did"] for row in synced["repos"]] == dids[1::2]
+        assert "cursor" not in synced
+        headers = {"Accept": "application/x-ndjson"}
+        async with node.http.get(f"{node.management.url}/repos?state=pending", headers=headers) as response:
+            lines = (await response.text()).splitlines()
+        assert [json.loads(line)["did"] for line in lines] == dids[::2]
+        status, answer = await node.manage("GET", "/repos?state=nonsense")
+        assert (status, answer["error"]) == (400, "InvalidRequest")
+
+
+async def test_a_removed_repository_keeps_its_data_unless_purged(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        await fill(node, ALICE, [f"{POST}/a"])
+        body = json.dumps([{"did": ALICE}, {"did": BOB}])
+        assert await node.manage("DELETE", "/repos", data=body) == (200, [{"did": ALICE}])
+        row = node.services.db.repo(ALICE)
+        assert row is not None
+        assert not row.tracked
+        assert node.services.db.record(ALICE, f"{POST}/a") is not None
+        await node.manage("DELETE", "/repos?purge=true", data=body)
+        assert node.services.db.record(ALICE, f"{POST}/a") is None
+        row = node.services.db.repo(ALICE)
+        assert row is not None
+        assert (row.tracked, row.epoch) == (False, 1)
+
+
+async def test_a_resync_queues_followed_repositories_only(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        await fill(node, ALICE, [])
+        await fill(node, BOB, [], tracked=False)
+        body = json.dumps([{"did": ALICE}, {"did": BOB}])
+        assert await node.manage("POST", "/repos/resync", data=body) == (200, [{"did": ALICE}])
+        row = node.services.db.repo(ALICE)
+        assert row is not None
+        assert row.state is SyncState.DESYNCHRONIZED
+        assert row.due > 0
+
+
+class _Backfill:
+    """Notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[str], bool]] = []
+        self.woken = 0
+
+    async def add(self, dids: Any, /, *, again: bool = False) -> list[str]:
+        self.asked.append((list(dids), again))
+        return list(dids)
+
+    def wake(self) -> None:
+        self.woken += 1
+
+    def status(self) -> dict[str, Any]:
+        return {"in_flight": 0}
+
+
+class _Ingest:
+    """Notes the filters that it is told of."""
+
+    def __init__(self) -> None:
+        self.filters: list[Filters] = []
+
+    def status(self) -> list[dict[str, Any]]:
+        return [{"url": "ws://up", "connected": True, "seq": 7, "lag_s": 0.5, "frames": 9}]
+
+    def set_filters(self, filters: Filters, /) -> None:
+        self.filters.append(filters)
+
+
+async def _managed(node: Node) -> tuple[ManagementServer, _Ingest, _Backfill]:
+    ingest, backfill = _Ingest(), _Backfill()
+    services = dataclasses.replace(node.services, ingest=ingest, backfill=backfill)
+    server = ManagementServer(services, node.public)
+    await server.start()
+    return server, ingest, backfill
+
+
+async def test_requests_go_to_the_backfill(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        await fill(node, ALICE, [])
+        server, _, backfill = await _managed(node)
+        for method, path in (("PUT", "/repos"), ("POST", "/repos/resync")):
+            async with node.http.request(method, server.url + path, json=[{"did": ALICE}]) as response:
+                assert await response.json() == [{"did": ALICE}]
+        assert backfill.asked == [([ALICE], False), ([ALICE], True)]
+        await server.stop()
+
+
+async def test_a_patched_filter_is_stored_told_and_queues_what_it_affects(tmp_path: Path) -> None:
+    async with running(tmp_path, filter={"collections": [POST]}) as node:
+        await fill(node, ALICE, [])
+        await fill(node, BOB, [], tracked=False)
+        server, ingest, backfill = await _managed(node)
+        patch = {"mode": "full", "collections": {"app.bsky.graph.*": True}, "signals": ["app.bsky.feed.like"]}
+        async with node.http.patch(f"{server.url}/filter", json=patch) as response:
+            answer = await response.json()
+        wanted = {
+            "mode": "full",
+            "signals": ["app.bsky.feed.like"],
+            "collections": [POST, "app.bsky.graph.*"],
+            "excludes": [],
+        }
+        assert answer == {**wanted, "queued": 1}
+        assert (await node.manage("GET", "/filter"))[1] == wanted
+        assert ingest.filters[0].mode == "full"
+        assert backfill.woken == 1
+        row = node.services.db.repo(ALICE)
+        assert row is not None
+        assert (row.state, row.complete, row.due > 0) == (SyncState.DESYNCHRONIZED, False, True)
+        # A narrower filter needs no fetch.
+        async with node.http.patch(f"{server.url}/filter", json={"collections": [POST]}) as response:
+            assert (await response.json())["queued"] == 0
+        await server.stop()
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b"", "JSON"),
+        (b"[]", "object"),
+        (b"{}", "object"),
+        (b'{"nope": 1}', "nope"),
+        (b'{"mode": "half"}', "mode"),
+        (b'{"signals": "a.b.c"}', "signals"),
+        (b'{"signals": {"a.b.c": 1}}', "signals"),
+        (b'{"collections": ["*"]}', "pattern"),
+        (b'{"excludes": ["alice"]}', "DID"),
+    ],
+)
+def test_a_bad_filter_is_named(body: bytes, named: str) -> None:
+    with pytest.raises(Exception, match=named):
+        patched(Filters(), body)
+
+
+def test_an_object_patches_and_a_list_replaces() -> None:
+    old = Filters.checked("filter", ["a.b.c", "d.e.f"], [], [])
+    assert patched(old, b'{"signals": {"a.b.c": false, "g.h.i": true}}').signals == ("d.e.f", "g.h.i")
+    assert patched(old, b'{"signals": ["g.h.i"]}').signals == ("g.h.i",)
+    assert patched(old, b'{"mode": "full"}').signals == old.signals
+
+
+async def test_database_requests(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        await fill(node, ALICE, [f"{POST}/{number}" for number in range(20)])
+        assert (await node.manage("POST", "/db/checkpoint"))[0] == 503
+        worker = CheckpointWorker(node.services.db, node.writer, node.services.settings.gc)
+        services = dataclasses.replace(node.services, workers={"checkpoint": worker})
+        server = ManagementServer(services)
+        await server.start()
+        async with node.http.post(f"{server.url}/db/checkpoint") as response:
+            assert (await response.json())["report"]["changes"] == 20
+        async with node.http.get(f"{server.url}/db/stats") as response:
+            stats = await response.json()
+        assert stats["workers"]["checkpoint"]["passes"] == 1
+        assert stats["keyspaces"]["records"]["rows"] == 20
+        async with node.http.post(f"{server.url}/db/compact") as response:
+            assert (await response.json())["after"]["sst_bytes"] > 0
+        await server.stop()
