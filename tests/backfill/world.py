@@ -148,9 +148,11 @@ def refusal(name: str, status: int = 400, headers: dict[str, str] | None = None)
     return web.Response(status=status, headers=headers, body=orjson.dumps({"error": name, "message": name}))
 
 
-def answer_car(one: Account, before: Callable[[], Awaitable[None]] | None = None) -> Handler:
-    """The repository, after something else was done."""
-    body = car_of(one)
+def answer_car(
+    one: Account, before: Callable[[], Awaitable[None]] | None = None, *, body: bytes | None = None
+) -> Handler:
+    """The repository (or ``body``), after something else was done."""
+    body = body or car_of(one)
 
     async def answer(_: web.Request) -> web.StreamResponse:
         if before is not None:
@@ -191,6 +193,8 @@ class World:
         self.settings = settings(path, host, **sections)
         self.drained: list[Did] = []
         self.can_drain = True
+        #: Replays in place of `_pretend`.
+        self.drain_with: Callable[[Did], Awaitable[object]] | None = None
         #: Called with "before NAME" and "after NAME" around each commit; may raise to play a crash.
         self.at: Callable[[str], None] = lambda _: None
         self._committed = asyncio.Event()
@@ -248,10 +252,12 @@ class World:
         return self.row(one)
 
     async def drain(self, did: Did) -> None:
-        """Stands in for ingest's replay: takes the frames away and declares the repository synced."""
         self.drained.append(did)
-        if not self.can_drain:
-            return
+        if self.can_drain:
+            await (self.drain_with or self._pretend)(did)
+
+    async def _pretend(self, did: Did) -> None:
+        """Stands in for ingest's replay: takes the frames away and declares the repository synced."""
 
         def finish(tx: Transaction) -> None:
             row = tx.repo(did)
