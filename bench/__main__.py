@@ -30,9 +30,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="the full sizes, without a time limit")
     parser.add_argument("--cache", type=Path, help="folder for generated input", default=default_cache())
     parser.add_argument("--file", type=Path, help="car_walk: this CAR, also by HUGE_CAR in the environment")
-    parser.add_argument(
-        "--profile", type=Path, metavar="FILE", help="car_walk, verify: one run under cProfile, text"
-    )
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="one more run under cProfile, as text")
     parser.add_argument("--strict", action="store_true", help="exit 1 when a target is missed")
     return parser.parse_args(arguments)
 

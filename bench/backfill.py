@@ -51,6 +51,8 @@ def run(options: Options) -> Report:
         size = sum(info.bytes for _file, info in repos)
         report.notes.append(f"{len(repos):,} repositories, {total:,} records, {size / 2**20:,.0f} MiB")
         runs = [asyncio.run(measure(repos, options.cache)) for _ in range(options.runs)]
+        if options.profile is not None:
+            asyncio.run(measure(repos, options.cache, profile=options.profile))
         for name, unit, target in (
             ("records_per_s", "records/s", None),
             ("compacted_records_per_s", "records/s", _RATE),
@@ -75,7 +77,7 @@ def repositories(cache: Path, records: int) -> list[tuple[Path, CarInfo]]:
     return found
 
 
-async def measure(repos: list[tuple[Path, CarInfo]], folder: Path) -> Figures:
+async def measure(repos: list[tuple[Path, CarInfo]], folder: Path, *, profile: Path | None = None) -> Figures:
     """One fresh daemon that fetches all of them."""
     documents = {info.did: _document(info, index) for index, (_file, info) in enumerate(repos)}
     cars: dict[str, bytes | Path] = {info.did: file for file, info in repos}
@@ -87,7 +89,7 @@ async def measure(repos: list[tuple[Path, CarInfo]], folder: Path) -> Figures:
             "plc_urls": network.plc_url,
             "plc.max_requests_per_s": 10_000,
         }
-        async with running_daemon(settings, folder) as daemon:
+        async with running_daemon(settings, folder, profile=profile) as daemon:
             cpu = daemon.cpu_seconds()
             start = time.perf_counter()
             await fill(daemon, list(documents), total)

@@ -20,6 +20,7 @@ from typing import Any
 
 import aiohttp
 
+from bench.options import append_profile
 from indexer.config import ENV_PREFIX, env_name
 
 _START_S = 60.0
@@ -90,8 +91,13 @@ class BenchDaemon:
 
 
 @contextlib.asynccontextmanager
-async def running_daemon(settings: Mapping[str, object], folder: Path) -> AsyncIterator[BenchDaemon]:
-    """A healthy daemon with ``settings`` (dotted names) over those that every benchmark needs."""
+async def running_daemon(
+    settings: Mapping[str, object], folder: Path, *, profile: Path | None = None
+) -> AsyncIterator[BenchDaemon]:
+    """A healthy daemon with ``settings`` (dotted names) over those that every benchmark needs.
+
+    With ``profile`` its main process runs under cProfile, slower, and what it cost is appended there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="data-") as data:
         public, management = free_port(), free_port()
@@ -106,9 +112,11 @@ async def running_daemon(settings: Mapping[str, object], folder: Path) -> AsyncI
         kept = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         environment = kept | {env_name(name): str(value) for name, value in chosen.items()}
         log = Path(data) / "daemon.log"
+        raw = Path(data) / "daemon.profile"
+        under = ("-m", "cProfile", "-o", str(raw)) if profile else ()
         with log.open("wb") as out:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "indexer", "run"), env=environment, stdout=out, stderr=out
+                *(sys.executable, *under, "-m", "indexer", "run"), env=environment, stdout=out, stderr=out
             )
         daemon = BenchDaemon(process, f"http://{_LOOPBACK}:{public}", f"http://{_LOOPBACK}:{management}", log)
         sampler = asyncio.create_task(daemon.sample_memory())
@@ -118,6 +126,8 @@ async def running_daemon(settings: Mapping[str, object], folder: Path) -> AsyncI
         finally:
             sampler.cancel()
             await daemon.stop()
+            if profile and raw.exists():
+                append_profile(str(raw), profile, "the daemon's main process")
 
 
 def free_port() -> int:

@@ -65,6 +65,10 @@ def run(options: Options) -> Report:
             asyncio.run(measure(corpus, frames[:commits], frames[commits:], options.cache))
             for _ in range(options.runs)
         ]
+        if options.profile is not None:
+            asyncio.run(
+                measure(corpus, frames[:commits], frames[commits:], options.cache, profile=options.profile)
+            )
         for name, unit, target in (
             ("commits_per_s", "commits/s", _THROUGHPUT),
             ("p50_ms", "ms", None),
@@ -85,7 +89,14 @@ def _frames(corpus: Corpus) -> list[Frame]:
     return frames
 
 
-async def measure(corpus: Corpus, burst: Sequence[Frame], paced: Sequence[Frame], folder: Path) -> Figures:
+async def measure(
+    corpus: Corpus,
+    burst: Sequence[Frame],
+    paced: Sequence[Frame],
+    folder: Path,
+    *,
+    profile: Path | None = None,
+) -> Figures:
     """One daemon, filled, then driven."""
     source = ReplaySource([], _ENDPOINT)
     async with ReplayNetwork([source], corpus.documents(), corpus.cars()) as network:
@@ -95,7 +106,7 @@ async def measure(corpus: Corpus, burst: Sequence[Frame], paced: Sequence[Frame]
             "plc.max_requests_per_s": 10_000,
             "verifiers": 1,
         }
-        async with running_daemon(settings, folder) as daemon:
+        async with running_daemon(settings, folder, profile=profile) as daemon:
             await fill(daemon, list(corpus.documents()), _ACCOUNTS * _RECORDS)
             subscriber = Subscriber(daemon.public, note_revs=True)
             await subscriber.connect()

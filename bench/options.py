@@ -48,9 +48,14 @@ def timed(function: Callable[[], object], runs: int, *, least_s: float = 0.3) ->
 
 
 def profiled(function: Callable[[], object], file: Path, title: str) -> None:
-    """Appends to ``file`` the functions that cost most: by themselves, and with what they call."""
+    """Runs ``function`` under a profile and appends what it cost to ``file``."""
     profile = cProfile.Profile()
     profile.runcall(function)
+    append_profile(profile, file, title)
+
+
+def append_profile(profile: cProfile.Profile | str, file: Path, title: str) -> None:
+    """Appends the functions that cost most, by themselves and with what they call, to ``file``."""
     text = io.StringIO()
     stats = pstats.Stats(profile, stream=text).strip_dirs()
     for order in ("tottime", "cumulative"):
