@@ -76,6 +76,11 @@ class ReadyQueue:
             taken.append(entry)
         return taken
 
+    def clear(self) -> None:
+        """Forgets all entries; they are still in the durable queue."""
+        self._hosts.clear()
+        self._known.clear()
+
     def hosts(self) -> list[str]:
         return list(self._hosts)
 

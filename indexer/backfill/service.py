@@ -41,6 +41,8 @@ log = structlog.get_logger()
 #: Due repositories kept in memory, and rows of the queue read at once.
 WINDOW = 2000
 PAGE = 250
+#: Fewer than this in memory, and more is read.
+LOW_WATER = 250
 #: Rows that become due without our being told are found after this long.
 POLL_S = 0.5
 OVERLAP_US: Micros = 60_000_000
@@ -83,6 +85,7 @@ class Backfill:
         self._ready = ReadyQueue(WINDOW)
         self._position = ReadPosition(overlap_us=OVERLAP_US, rewind_us=REWIND_US)
         self._jobs: dict[Did, asyncio.Task[None]] = {}
+        self._read_again_at = 0.0  # after the queue was read to its end
         self._wake = asyncio.Event()
         self._failure: BaseException | None = None
         self._stopping = False
@@ -103,8 +106,10 @@ class Backfill:
         return acted
 
     def wake(self) -> None:
-        """Something became due: the queue is read from its front, now."""
+        """Something became due that may belong in front: the queue is read from there, now."""
+        self._ready.clear()
         self._position.rewind()
+        self._read_again_at = 0.0
         self._wake.set()
 
     # ---- life
@@ -149,30 +154,40 @@ class Backfill:
         if not self._has_space():
             return
         await self._postpone()
-        if self._ready.room >= PAGE or not len(self._ready):
+        if len(self._ready) < LOW_WATER:
             self._refill()
         while len(self._jobs) < self._settings.backfill.concurrency and not self._stopping:
             entry = self._ready.pop(self._hosts.free)
-            if entry is None:
+            if entry is not None:
+                self._start(entry)
+            elif not self._refill():
                 return
-            self._start(entry)
 
-    def _refill(self) -> None:
-        """Reads on in the queue until the window is full or everything due is in it."""
+    def _refill(self) -> bool:
+        """Reads on in the queue until the window is full or everything due is in it; true when it got more."""
+        if time.monotonic() < self._read_again_at:
+            return False
+        before = len(self._ready)
         now = clock_us()
         stop = encode_due((now + 1, ""))
         while self._ready.room >= PAGE:
             start = encode_due(self._position.start(now))
             keys = [key for key, _ in self._db.scan(PENDING, start, stop, limit=PAGE)]
-            unknown = [key for key in keys if key[1] not in self._jobs and key[1] not in self._ready]
-            rows = self._db.multi_get(REPOS, [did for _, did in unknown])
-            for (due, did), row in zip(unknown, rows, strict=True):
-                if row is not None and is_waiting(row):
-                    self._ready.add(Entry(due, did, self._host_hint(did, row)))
+            self._take_in(keys)
             if len(keys) < PAGE:
                 self._position.pass_end(now)
-                return
+                self._read_again_at = time.monotonic() + POLL_S
+                break
             self._position.page_end(keys[-1])
+        return len(self._ready) > before
+
+    def _take_in(self, keys: list[tuple[Micros, Did]]) -> None:
+        """Puts those of a page that are to be fetched into the window."""
+        unknown = [key for key in keys if key[1] not in self._jobs and key[1] not in self._ready]
+        rows = self._db.multi_get(REPOS, [did for _, did in unknown])
+        for (due, did), row in zip(unknown, rows, strict=True):
+            if row is not None and is_waiting(row):
+                self._ready.add(Entry(due, did, self._host_hint(did, row)))
 
     def _host_hint(self, did: Did, row: RepoRow) -> str:
         """The host that a job will ask first, as far as that is known without asking anybody."""

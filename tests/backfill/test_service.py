@@ -16,7 +16,7 @@ from indexer.simulator.account import Account
 from indexer.store.codecs import NEW_REPO, SyncState
 from indexer.store.transaction import Transaction
 from indexer.store.writer import clock_us
-from tests.backfill.world import Host, World, account, answer_with, car_of
+from tests.backfill.world import Host, World, account, answer_car, answer_with, car_of
 
 POST = "app.bsky.feed.post/"
 
@@ -62,6 +62,18 @@ async def test_explicit_requests_come_first(tmp_path: Path) -> None:
         await world.running(lambda: all_synced(world, accounts))
         assert sorted(host.asked[:2]) == sorted(one.did for one in accounts[4:])
         assert host.asked[2:] == [one.did for one in accounts[:4]]
+
+
+async def test_a_request_overtakes_what_is_in_memory_already(tmp_path: Path) -> None:
+    accounts = several(6)
+    async with Host() as host, World(tmp_path, host, backfill={"concurrency": 1}) as world:
+        for one in accounts:
+            host.serve(one)
+        late = accounts[5]
+        host.answers[accounts[0].did] = answer_car(accounts[0], lambda: world.backfill.add([late.did]))
+        await seen(world, accounts[:5])
+        await world.running(lambda: world.db.repo(late.did) is not None and all_synced(world, accounts))
+        assert host.asked == [one.did for one in (accounts[0], late, *accounts[1:5])]
 
 
 async def test_a_stalled_host_holds_up_nobody_else(tmp_path: Path) -> None:

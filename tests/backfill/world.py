@@ -149,7 +149,7 @@ def refusal(name: str, status: int = 400, headers: dict[str, str] | None = None)
 
 
 def answer_car(
-    one: Account, before: Callable[[], Awaitable[None]] | None = None, *, body: bytes | None = None
+    one: Account, before: Callable[[], Awaitable[object]] | None = None, *, body: bytes | None = None
 ) -> Handler:
     """The repository (or ``body``), after something else was done."""
     body = body or car_of(one)
