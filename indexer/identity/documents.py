@@ -1,11 +1,12 @@
 """Fetching of DID documents: did:plc from the directories, did:web from its host (sync.md §6).
 
-Owns URLs, the meaning of statuses, failover between directories and their request rate. Keeps nothing;
-the caches are `resolver`'s. Runs on the event loop.
+Owns URLs, the meaning of statuses, failover between directories and the pace of requests. Keeps no
+document; the caches are `resolver`'s. Runs on the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 import orjson
@@ -23,11 +24,14 @@ from indexer.errors import (
     IdentityUnavailable,
     UrlRefused,
 )
-from indexer.identity.cache import Pace
+from indexer.identity.cache import Pace, TtlCache
 from indexer.identity.http import HttpClient, Response
 
 #: Longest time that one answer of a directory can hold back the next request, in seconds.
 _MAX_PAUSE_S = 60.0
+#: Requests a second to one did:web host, whoever makes us ask: a flood of hints must not become one on it.
+WEB_REQUESTS_PER_S = 5.0
+_WEB_HOSTS, _WEB_PACE_S = 4096, 60.0
 _plc = re.compile(r"did:plc:[a-z2-7]{24}").fullmatch
 _local_web = re.compile(r"localhost(?:%3[aA]([1-9][0-9]{0,4}))?").fullmatch
 _HEADERS = {"Accept": "application/did+ld+json, application/json"}
@@ -41,34 +45,50 @@ class DocumentSource:
         self._allow_private = settings.network.allow_private
         self._max_bytes = settings.identity.max_body_kib * 1024
         self._directories = [url.rstrip("/") for url in settings.plc_urls]
-        self._pace = Pace(settings.plc.max_requests_per_s)
+        self._permits = asyncio.Semaphore(settings.identity.concurrency)
+        self._plc_pace = Pace(settings.plc.max_requests_per_s)
+        self._host_paces: TtlCache[str, Pace] = TtlCache(_WEB_HOSTS)
 
     async def fetch(self, did: Did) -> DidDocument:
         """The document of ``did``, known to be its own."""
         if did.startswith("did:plc:"):
             return await self._fetch_plc(did)
-        return await self._fetch(did, web_url(did, allow_local=self._allow_private))
+        url = web_url(did, allow_local=self._allow_private)
+        await self._host_pace(did).wait()
+        try:
+            return await self._fetch(did, url)
+        except UrlRefused as error:
+            raise IdentityGone(f"{did}: {error}") from error
+
+    def _host_pace(self, did: Did) -> Pace:
+        pace = self._host_paces.get(did)
+        if pace is None:
+            pace = Pace(WEB_REQUESTS_PER_S)
+            self._host_paces.put(did, pace, _WEB_PACE_S)
+        return pace
 
     async def _fetch_plc(self, did: Did) -> DidDocument:
         if _plc(did) is None:
             raise IdentityGone(f"not a did:plc: {did[:80]!r}")
-        failure: IdentityError = IdentityUnavailable("no PLC directory is configured (plc_urls)")
+        failure: IdentityError | None = None
         for directory in self._directories:
-            await self._pace.wait()
+            await self._plc_pace.wait()
+            problem: IdentityError
             try:
                 return await self._fetch(did, f"{directory}/{did}")
             except UrlRefused as error:
-                failure = IdentityUnavailable(f"plc_urls: {error}")
-            except _Unusable as error:
-                # A broken mirror must not speak for the directory while another may answer.
-                failure = failure if self._directories[0] != directory else error
-            except IdentityUnavailable as error:
-                failure = error
-        raise failure
+                problem = IdentityUnavailable(f"plc_urls: {error}")
+            except (_Unusable, IdentityUnavailable) as error:
+                problem = error
+            # A mirror that answers nonsense must not speak for one that does not answer now.
+            if failure is None or isinstance(failure, _Unusable):
+                failure = problem
+        raise failure or IdentityUnavailable("no PLC directory is configured (plc_urls)")
 
     async def _fetch(self, did: Did, url: str) -> DidDocument:
         try:
-            response = await self._http.get(url, max_bytes=self._max_bytes, headers=_HEADERS)
+            async with self._permits:
+                response = await self._http.get(url, max_bytes=self._max_bytes, headers=_HEADERS)
         except FetchTransient as error:
             raise IdentityUnavailable(f"{did}: {error}") from error
         except FetchRefused as error:
@@ -88,7 +108,8 @@ class DocumentSource:
         if response.status in (404, 410):
             return IdentityGone(message, tombstone=response.status == 410)
         if response.status == 429 and did.startswith("did:plc:"):
-            self._pace.pause(min(response.retry_after or 1.0, _MAX_PAUSE_S))
+            asked = response.retry_after
+            self._plc_pace.pause(min(1.0 if asked is None else asked, _MAX_PAUSE_S))
         return IdentityUnavailable(message)
 
 

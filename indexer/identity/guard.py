@@ -119,7 +119,7 @@ class GuardedResolver(AbstractResolver):
     def __init__(self, network: NetworkSettings, inner: AbstractResolver | None = None) -> None:
         self._overrides = parse_connect_to(network.connect_to)
         self._allow_private = network.allow_private
-        self._inner = inner if inner is not None else ThreadedResolver()
+        self._inner = inner
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -128,6 +128,8 @@ class GuardedResolver(AbstractResolver):
         override = self._overrides.get((host.rstrip(".").lower(), port))
         if override is not None:
             return [_result(host, *override)]
+        if self._inner is None:
+            self._inner = ThreadedResolver()  # wants a running loop
         results = await self._inner.resolve(host, port, family)
         if not results:
             raise OSError(None, f"no address for {host}")
@@ -147,7 +149,8 @@ class GuardedResolver(AbstractResolver):
         return [(result["host"], result["port"]) for result in await self.resolve(host, port)]
 
     async def close(self) -> None:
-        await self._inner.close()
+        if self._inner is not None:
+            await self._inner.close()
 
 
 def _result(hostname: str, host: str, port: int) -> ResolveResult:

@@ -6,6 +6,8 @@ Runs on the event loop.
 
 from __future__ import annotations
 
+import asyncio
+
 import dns.asyncresolver
 import dns.exception
 import dns.rdatatype
@@ -27,7 +29,7 @@ from indexer.identity.http import HttpClient
 DNS_TIMEOUT_S = 3.0
 MAX_BODY_BYTES = 2048
 _REFUSED_TLDS = frozenset(("alt", "arpa", "example", "internal", "invalid", "local", "localhost", "onion"))
-_DEVELOPMENT_TLD = "test"
+_DEVELOPMENT_TLD = "test"  # in no public DNS: only a server of one's own is asked
 
 
 def _nameserver(address: str) -> dns.asyncresolver.Resolver | None:
@@ -37,7 +39,8 @@ def _nameserver(address: str) -> dns.asyncresolver.Resolver | None:
             return dns.asyncresolver.Resolver()
         host, port = parse_bind(address)
         resolver = dns.asyncresolver.Resolver(configure=False)
-        resolver.nameservers, resolver.port = [host], port
+        resolver.port = port  # before the servers: they take it over when they are set
+        resolver.nameservers = [host]
     except dns.resolver.NoResolverConfiguration:
         return None
     except ValueError as error:
@@ -52,6 +55,8 @@ class HandleLookup:
         self._http = http
         self._allow_private = settings.network.allow_private
         self._dns = _nameserver(settings.network.dns_server)
+        self._system_dns = not settings.network.dns_server
+        self._permits = asyncio.Semaphore(settings.identity.concurrency)
 
     async def lookup(self, handle: Handle) -> Did:
         """The DID of ``handle`` by its own domain's word. DNS wins; several different DIDs there are a no."""
@@ -61,9 +66,13 @@ class HandleLookup:
             raise IdentityGone(f"not a handle: {handle[:80]!r}")
         if tld in _REFUSED_TLDS or (tld == _DEVELOPMENT_TLD and not self._allow_private):
             raise IdentityGone(f"handles under .{tld} are not resolved: {handle}")
+        async with self._permits:
+            return await self._lookup(handle, ask_dns=not (self._system_dns and tld == _DEVELOPMENT_TLD))
+
+    async def _lookup(self, handle: Handle, *, ask_dns: bool) -> Did:
         dns_failure: IdentityUnavailable | None = None
         try:
-            did = await self._from_dns(handle)
+            did = await self._from_dns(handle) if ask_dns else None
             if did is not None:
                 return did
         except IdentityUnavailable as error:
@@ -71,8 +80,10 @@ class HandleLookup:
         try:
             return await self._from_web(handle)
         except IdentityGone as error:
+            if dns_failure is None:
+                raise
             # Without an answer from DNS the web's no is not the last word.
-            raise dns_failure or error from error
+            raise dns_failure from error
 
     async def _from_dns(self, handle: Handle) -> Did | None:
         if self._dns is None:
@@ -94,13 +105,13 @@ class HandleLookup:
         return _checked(found.pop(), handle)
 
     async def _from_web(self, handle: Handle) -> Did:
-        schemes = ("https", "http") if self._allow_private else ("https",)
-        for scheme in schemes[:-1]:
-            try:
-                return await self._well_known(f"{scheme}://{handle}/.well-known/atproto-did", handle)
-            except IdentityUnavailable:
-                continue  # a development host rarely speaks TLS
-        return await self._well_known(f"{schemes[-1]}://{handle}/.well-known/atproto-did", handle)
+        try:
+            return await self._well_known(f"https://{handle}/.well-known/atproto-did", handle)
+        except IdentityUnavailable:
+            if not self._allow_private:
+                raise
+        # A development host rarely speaks TLS.
+        return await self._well_known(f"http://{handle}/.well-known/atproto-did", handle)
 
     async def _well_known(self, url: str, handle: Handle) -> Did:
         try:

@@ -13,7 +13,7 @@ from time import monotonic, time
 from typing import Generic, NamedTuple, TypeVar
 
 from indexer.atproto.types import Did, DidKey, Handle, Micros
-from indexer.config import Settings
+from indexer.config import IdentitySettings, Settings
 from indexer.errors import IdentityError, IdentityGone, IdentityUnavailable
 from indexer.identity.cache import TtlCache
 from indexer.identity.documents import DocumentSource
@@ -43,14 +43,8 @@ class Resolver:
     ) -> None:
         limits = settings.identity
         self._documents = DocumentSource(http, settings)
-        self._handle_lookup = HandleLookup(http, settings)
-        permits = asyncio.Semaphore(limits.concurrency)
-        self._identities = _Flights(
-            self._fetch, limits.cache_entries, limits.ttl, limits.error_ttl, permits, clock
-        )
-        self._handles = _Flights(
-            self._handle_lookup.lookup, limits.cache_entries, limits.ttl, limits.error_ttl, permits, clock
-        )
+        self._identities = _Flights(self._fetch, limits, clock)
+        self._handles = _Flights(HandleLookup(http, settings).lookup, limits, clock)
 
     async def resolve(self, did: Did, *, refresh: bool = False) -> Identity:
         """The identity of ``did``; ``refresh`` asks again although the cache knows an answer.
@@ -65,7 +59,10 @@ class Resolver:
         return self._identities.cached(did)
 
     def purge(self, did: Did) -> None:
-        """Forgets ``did``, failures included; an answer under way is not kept either."""
+        """Forgets ``did`` and whom its handle names, failures included; an answer under way is not kept."""
+        known = self._identities.cached(did)
+        if known is not None and known.handle:
+            self._handles.purge(known.handle)
         self._identities.purge(did)
 
     async def resolve_handle(self, handle: Handle, *, refresh: bool = False) -> Did:
@@ -112,17 +109,13 @@ class _Flights(Generic[T]):
     def __init__(
         self,
         fetch: Callable[[str], Awaitable[T]],
-        entries: int,
-        ttl: float,
-        error_ttl: float,
-        permits: asyncio.Semaphore,
+        limits: IdentitySettings,
         clock: Callable[[], float],
     ) -> None:
         self._fetch = fetch
-        self._ttl, self._error_ttl = ttl, error_ttl
-        self._permits = permits
-        self._known: TtlCache[str, T] = TtlCache(entries, clock=clock)
-        self._failed: TtlCache[str, IdentityError] = TtlCache(entries, clock=clock)
+        self._limits = limits
+        self._known: TtlCache[str, T] = TtlCache(limits.cache_entries, clock=clock)
+        self._failed: TtlCache[str, IdentityError] = TtlCache(limits.cache_entries, clock=clock)
         self._current: dict[str, asyncio.Task[T]] = {}
         self._tasks: set[asyncio.Task[T]] = set()
 
@@ -164,15 +157,14 @@ class _Flights(Generic[T]):
     async def _fly(self, key: str) -> T:
         task = asyncio.current_task()
         try:
-            async with self._permits:
-                value = await self._fetch(key)
+            value = await self._fetch(key)
         except IdentityError as error:
             if self._current.get(key) is task:
                 self._remember_failure(key, error)
             raise
         else:
             if self._current.get(key) is task:
-                self._known.put(key, value, self._ttl)
+                self._known.put(key, value, self._limits.ttl)
                 self._failed.drop(key)
             return value
         finally:
@@ -184,7 +176,7 @@ class _Flights(Generic[T]):
             self._known.drop(key)
         elif self._known.get(key) is not None:
             return  # a refresh that found nobody at home: the last answer is still believed
-        self._failed.put(key, error, self._error_ttl)
+        self._failed.put(key, error, self._limits.error_ttl)
 
     def _landed(self, task: asyncio.Task[T]) -> None:
         self._tasks.discard(task)
