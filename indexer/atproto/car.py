@@ -177,7 +177,7 @@ class CarSplitter:
     def feed(self, chunk: bytes) -> list[tuple[Cid, bytes]]:
         """The blocks that ``chunk`` completes."""
         if self.size + len(chunk) > self._limits.max_bytes:
-            raise CarError(f"CAR is longer than {self._limits.max_bytes} bytes", reason="car_size")
+            raise CarError(f"CAR of more than {self._limits.max_bytes} bytes", reason="car_size")
         self._buffer += chunk
         if len(self._buffer) < self._need:
             return []

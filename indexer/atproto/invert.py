@@ -303,19 +303,27 @@ class _Inversion:
 
     # --- the result ---
 
-    def _finish(self, expected: Cid | None) -> Cid:
+    def _trim(self) -> _Kid:
+        """The highest node that has an entry, None for the empty tree, a CID where the nodes end before."""
         top: _Kid = self._root
-        while isinstance(top, _Part) and not top.keys:
+        layer = self._root.layer
+        while top is not None:
+            if isinstance(top, bytes):
+                if top not in self._blocks:
+                    return top
+                top = self._load(top, layer, b"", None)
+            if top.keys:
+                return top
             top = top.kids[0]
-        if top is None:
-            result, unseen = EMPTY_ROOT, False
-        elif isinstance(top, _Part):
-            result, unseen = _seal(top), False
-        else:
-            # Nobody has looked into this node: it may be an empty intermediate that has to go, too.
-            result, unseen = top, True
+            layer -= 1
+        return None
+
+    def _finish(self, expected: Cid | None) -> Cid:
+        top = self._trim()
+        result = EMPTY_ROOT if top is None else top if isinstance(top, bytes) else _seal(top)
         if expected is not None and result != expected:
-            if unseen:
+            if isinstance(top, bytes):
+                # Nobody has looked into this node: it may be an empty intermediate that has to go, too.
                 raise MissingBlock(f"{describe(result)}, left on top, is missing", cid=result)
             raise MstError(
                 f"taking the operations back gives the root {format_cid(result)}, not {format_cid(expected)}",

@@ -6,6 +6,7 @@ Shares nothing with what it is compared with. Also makes trees and nodes that br
 from __future__ import annotations
 
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any
 
 import dag_cbor
@@ -23,7 +24,7 @@ def layer_of(key: str) -> int:
 
 def node(entries: list[tuple[str, bytes, bytes | None]], left: bytes | None, **extra: Any) -> bytes:
     """The block of a node of (key, record CID, subtree behind it)."""
-    encoded = []
+    encoded: list[Any] = []
     last = ""
     for key, value, tree in entries:
         shared = 0
@@ -42,7 +43,7 @@ def node(entries: list[tuple[str, bytes, bytes | None]], left: bytes | None, **e
 
 
 def slow_build(records: dict[str, bytes]) -> tuple[bytes, dict[bytes, bytes]]:
-    """(root, nodes) of a tree by its definition: the keys of the highest layer, and what lies between them."""
+    """(root, nodes) of a tree by its definition: the keys of a layer, and subtrees of what lies between."""
     nodes: dict[bytes, bytes] = {}
 
     def subtree(keys: list[str], layer: int) -> bytes | None:
@@ -51,8 +52,7 @@ def slow_build(records: dict[str, bytes]) -> tuple[bytes, dict[bytes, bytes]]:
         here = [key for key in keys if layer_of(key) == layer]
         bounds = ["", *here, "\x7f"]
         kids = [
-            subtree([key for key in keys if low < key < high], layer - 1)
-            for low, high in zip(bounds, bounds[1:], strict=False)
+            subtree([key for key in keys if low < key < high], layer - 1) for low, high in pairwise(bounds)
         ]
         entries = [(key, records[key], kid) for key, kid in zip(here, kids[1:], strict=True)]
         block = node(entries, kids[0])

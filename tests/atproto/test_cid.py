@@ -6,7 +6,7 @@ from hashlib import sha256
 
 import dag_cbor
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from multiformats import CID
 
@@ -30,6 +30,7 @@ def test_known_cid_of_an_encoded_value() -> None:
     assert format_cid(dag_cbor_cid(block)) == "bafyreidykglsfhoixmivffc5uwhcgshx4j465xwqntbmu43nb2dzqwfvae"
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.binary(min_size=32, max_size=32), st.sampled_from([DAG_CBOR_PREFIX, RAW_PREFIX]))
 def test_text_form_agrees_with_multiformats_and_comes_back(digest: bytes, prefix: bytes) -> None:
     text = format_cid(prefix + digest)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from typing import Any
 
 import dag_cbor
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from multiformats import CID
 
@@ -88,6 +89,7 @@ def test_the_empty_tree() -> None:
     assert mst.prove(tree.root, f"{ROOM}/a", tree.nodes.get) == [mst.EMPTY_NODE]
 
 
+@settings(deadline=None, max_examples=60)
 @given(RECORDS)
 def test_build_and_walk_agree_with_the_slow_twin(records: dict[str, bytes]) -> None:
     tree = mst.build(sorted(records.items()))
@@ -103,7 +105,9 @@ def test_a_larger_tree_agrees_with_the_slow_twin() -> None:
         assert mst.find(tree.root, path, tree.nodes.get) == records.get(path)
 
 
-@pytest.mark.parametrize("items", [["b/b", "a/a"], ["a/a", "a/a"], ["a"], ["a/b/c"], ["/a"], ["a/"], ["ä/a"], ["a/ "]])
+@pytest.mark.parametrize(
+    "items", [["b/b", "a/a"], ["a/a", "a/a"], ["a"], ["a/b/c"], ["/a"], ["a/"], ["ä/a"], ["a/ "]]
+)
 def test_build_refuses_what_is_no_tree(items: list[str]) -> None:
     with pytest.raises(MstError):
         mst.build([(item, V) for item in items])
@@ -154,12 +158,17 @@ def test_a_root_that_is_only_a_pointer() -> None:
 
 
 def test_a_key_on_the_wrong_layer() -> None:
-    refused([node([(key_on(1), V, None), (key_on(0, key_on(1)), V, None)], None)], "of layer 0 is in a node of layer 1")
+    refused(
+        [node([(key_on(1), V, None), (key_on(0, key_on(1)), V, None)], None)],
+        "of layer 0 is in a node of layer 1",
+    )
 
 
 def test_a_child_two_layers_down() -> None:
     leaf = node([(key_on(0), V, None)], None)
-    refused([leaf, node([(key_on(2, key_on(0)), V, None)], cid_of(leaf))], "of layer 0 is in a node of layer 1")
+    refused(
+        [leaf, node([(key_on(2, key_on(0)), V, None)], cid_of(leaf))], "of layer 0 is in a node of layer 1"
+    )
 
 
 def test_a_child_below_layer_zero() -> None:
@@ -185,8 +194,8 @@ def test_an_exponential_tree_is_refused_at_once() -> None:
     blocks = [node([(key_on(0), V, None)], None)]
     for _ in range(24):
         below = CID.decode(cid_of(blocks[-1]))
-        entry = {"p": 0, "k": b"", "v": CID.decode(V), "t": below}
-        blocks.append(dag_cbor.encode({"e": [entry] * 8, "l": below}))
+        repeated = [entry(k=b"", t=below)] * 8
+        blocks.append(encoded(*repeated, l=below))
     known = {cid_of(block): block for block in blocks}
     with pytest.raises(MstError):
         list(mst.walk(cid_of(blocks[-1]), known.get))
@@ -212,7 +221,9 @@ def test_a_root_of_another_kind() -> None:
         list(mst.walk(raw_cid(mst.EMPTY_NODE), {raw_cid(mst.EMPTY_NODE): mst.EMPTY_NODE}.get))
 
 
-@pytest.mark.parametrize("key", ["com.example/.", "com.example.a/..", "x/a", "com.example.a/" + "a" * 513, "1.2.3/a"])
+@pytest.mark.parametrize(
+    "key", ["com.example/.", "com.example.a/..", "x/a", "com.example.a/" + "a" * 513, "1.2.3/a"]
+)
 def test_keys_that_are_no_paths(key: str) -> None:
     tree = mst.build([(key, V)])
     with pytest.raises(MstError, match="key"):
@@ -232,12 +243,12 @@ def test_every_missing_node_is_found() -> None:
 # --- nodes ------------------------------------------------------------------------------------------------
 
 
-def entry(**changes: object) -> dict[str, object]:
+def entry(**changes: Any) -> dict[str, Any]:
     return {"p": 0, "k": key_on(0).encode(), "v": CID.decode(V), "t": None, **changes}
 
 
-def encoded(*entries: object, **changes: object) -> bytes:
-    return dag_cbor.encode({"e": list(entries), "l": None, **changes})  # type: ignore[dict-item]
+def encoded(*entries: Any, **changes: Any) -> bytes:
+    return dag_cbor.encode({"e": list(entries), "l": None, **changes})
 
 
 @pytest.mark.parametrize(
@@ -327,6 +338,7 @@ def test_every_flipped_bit_of_a_node_changes_its_meaning_or_is_refused() -> None
         assert encode_node(*other) == bytes(damaged)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.binary(max_size=200), st.booleans())
 def test_garbage_as_a_node(data: bytes, framed: bool) -> None:
     block = b"\xa2ae\x81\xa4ak" + data + b"al\xf6" if framed else data
@@ -337,6 +349,7 @@ def test_garbage_as_a_node(data: bytes, framed: bool) -> None:
     assert encode_node(*parsed) == block
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.dictionaries(st.integers(0, 60), st.binary(max_size=120), max_size=3), st.integers(0, 2**32))
 def test_damaged_trees_raise_only_our_errors(swaps: dict[int, bytes], seed: int) -> None:
     records = records_of(60, seed=3)
