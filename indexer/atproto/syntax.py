@@ -70,15 +70,15 @@ class AtUri(NamedTuple):
 
 
 def is_did(text: str) -> bool:
-    return _did(text) is not None and len(text) <= MAX_DID
+    return len(text) <= MAX_DID and _did(text) is not None
 
 
 def is_handle(text: str) -> bool:
-    return _handle(text) is not None and len(text) <= MAX_HANDLE
+    return len(text) <= MAX_HANDLE and _handle(text) is not None
 
 
 def is_nsid(text: str) -> bool:
-    return _nsid(text) is not None and len(text) <= MAX_NSID
+    return len(text) <= MAX_NSID and _nsid(text) is not None
 
 
 def is_rkey(text: str) -> bool:
@@ -109,7 +109,7 @@ def is_at_uri(text: str) -> bool:
 
 
 def is_uri(text: str) -> bool:
-    return _uri(text) is not None and len(text) <= MAX_URI
+    return len(text) <= MAX_URI and _uri(text) is not None
 
 
 def is_cid_text(text: str) -> bool:
