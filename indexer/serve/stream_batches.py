@@ -73,9 +73,8 @@ class Batch:
         """Whether it will never grow again."""
         return self.next_id >= self.stop
 
-    def append(self, event_id: int, key: Key | None, text: bytes) -> None:
+    def append(self, event_id: int, key: Key | None, encoded: bytes) -> None:
         """Adds the frame of one event or notice."""
-        encoded = wire.frame(wire.TEXT, text)
         self.ids.append(event_id)
         self.keys.append(key)
         self.frames.append(encoded)
@@ -83,7 +82,7 @@ class Batch:
 
     def skip_to(self, next_id: int) -> None:
         """Announces that there is nothing before ``next_id``, to readers anywhere in the hole."""
-        self.append(next_id - 1, None, wire.notice_text("Skipped", next_id))
+        self.append(next_id - 1, None, wire.frame(wire.TEXT, wire.notice_text("Skipped", next_id)))
         self.next_id = next_id
 
     def take(self, position: int, zstd: bool) -> Taken:
@@ -159,26 +158,32 @@ class EncodedLog:
     def _extend(self, batch: Batch) -> None:
         page = self._events.page(batch.next_id, batch.stop - batch.next_id)
         events = [event for event in page.events if event.id < batch.stop]
+        append, lost = batch.append, self._keeps_blocks
         for event, block in zip(events, self._events.blocks(events), strict=True):
             if event.id > batch.next_id:
                 batch.skip_to(event.id)
-            self._append(batch, event, block)
+            if event.kind != "record":
+                self._append_other(batch, event)
+            elif block is None:
+                if lost and event.cid is not None:
+                    batch.skip_to(event.id + 1)  # pruned or wiped since the page was read
+                    continue
+                append(event.id, (event.did, event.collection), wire.record_frame(event, None))
+            else:
+                encoded = wire.record_frame(event, _json(event, block))
+                append(event.id, (event.did, event.collection), encoded)
+            batch.next_id = event.id + 1
+        self.encoded += len(events)
         beyond = page.events[len(events)].id if len(events) < len(page.events) else page.next
         if batch.next_id < min(batch.stop, beyond):
             batch.skip_to(beyond)
 
-    def _append(self, batch: Batch, event: Event, block: bytes | None) -> None:
-        self.encoded += 1
-        if event.kind == "sync" or (block is None and event.cid is not None and self._keeps_blocks):
-            # A gap in a repository's chain, which this format has no message for; or pruned just now.
+    def _append_other(self, batch: Batch, event: Event) -> None:
+        if event.kind == "sync":
+            # A gap in a repository's chain, which this format has no message for.
             batch.skip_to(event.id + 1)
-            return
-        if event.kind == "record":
-            body = None if block is None else _json(event, block)
-            batch.append(event.id, (event.did, event.collection), wire.record_text(event, body))
         else:
-            batch.append(event.id, (event.did, ""), wire.account_text(event))
-        batch.next_id = event.id + 1
+            batch.append(event.id, (event.did, ""), wire.frame(wire.TEXT, wire.account_text(event)))
 
     def _forget_wiped(self) -> None:
         """Every wipe appends an event, so this looks only when the head has moved."""

@@ -8,12 +8,12 @@ which costs a fifth of building a dict and dumping it.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import libipld
 import orjson
 import zstandard
-
-from indexer.atproto.cid import format_cid
 
 if TYPE_CHECKING:
     from indexer.store.codecs import Event
@@ -28,6 +28,8 @@ _SHORT = struct.Struct(">BBH")
 _LONG = struct.Struct(">BBQ")
 _FIN = 0x80
 _ZSTD_LEVEL = 3
+#: As `indexer.atproto.cid.format_cid`, at a tenth of its cost.
+_cid_text: Callable[[bytes], str] = libipld.encode_cid
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
@@ -56,17 +58,21 @@ def close_frame(code: int, reason: str) -> bytes:
     return frame(CLOSE, code.to_bytes(2, "big") + reason.encode()[:123])
 
 
-def record_text(event: Event, body: bytes | None) -> bytes:
-    """A record event; ``body`` is the record's JSON, None for deletes and in index-only mode."""
-    cid = f',"cid":"{format_cid(event.cid)}"' if event.cid else ""
+def record_frame(event: Event, body: bytes | None) -> bytes:
+    """A record event's frame; ``body`` is the record's JSON, None for deletes and in index-only mode."""
+    event_id, _, live, _, did, _, rev, collection, rkey, action, cid, _ = event
     head = (
-        f'{{"id":{event.id},"type":"record","record":{{"live":{"true" if event.live else "false"},'
-        f'"did":"{event.did}","rev":"{event.rev}","collection":"{event.collection}",'
-        f'"rkey":"{event.rkey}","action":"{event.action}"{cid}'
+        f'{{"id":{event_id},"type":"record","record":{{"live":{"true" if live else "false"},"did":"{did}",'
+        f'"rev":"{rev}","collection":"{collection}","rkey":"{rkey}","action":"{action}"'
     )
+    if cid is not None:
+        head = f'{head},"cid":"{_cid_text(cid)}"'
     if body is None:
-        return head.encode() + b"}}"
-    return b'%b,"record":%b}}' % (head.encode(), body)
+        return frame(TEXT, head.encode() + b"}}")
+    size = len(head) + 12 + len(body)
+    if size < 126 or size > 65535:
+        return frame(TEXT, b'%b,"record":%b}}' % (head.encode(), body))
+    return b'%b%b,"record":%b}}' % (_SHORT.pack(_FIN | TEXT, 126, size), head.encode(), body)
 
 
 def account_text(event: Event) -> bytes:
