@@ -75,8 +75,13 @@ def _start(folder: Path, ports: tuple[int, int], *more: str) -> subprocess.Popen
         "--retention", "forever", "--public", f"127.0.0.1:{ports[0]}",
         "--management", f"127.0.0.1:{ports[1]}", *more,
     ]  # fmt: skip
-    errors = (folder.parent / "demo.err").open("a")
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
+    with (folder.parent / "demo.err").open("a") as errors:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
+
+
+def _kill(demo: subprocess.Popen[str]) -> None:
+    demo.kill()
+    demo.communicate()
 
 
 async def _kill_at_random_moments(folder: Path, ports: tuple[int, int], subscriber: Subscriber) -> None:
@@ -88,8 +93,7 @@ async def _kill_at_random_moments(folder: Path, ports: tuple[int, int], subscrib
             await asyncio.wait_for(subscriber.connected.wait(), 60)
             await asyncio.sleep(chance.uniform(0, 3))  # the random moment; nothing is waited for
         finally:
-            demo.kill()
-            demo.wait()
+            _kill(demo)
 
 
 @pytest.mark.slow
@@ -123,8 +127,7 @@ async def _never_seen(folder: Path, ports: tuple[int, int], subscriber: Subscrib
                 await asyncio.sleep(0.05)
     finally:
         reading.cancel()
-        demo.kill()
-        demo.wait()
+        _kill(demo)
     return [
         event_id
         for event_id, text in fresh.seen.items()

@@ -68,7 +68,7 @@ class Options:
 @click.option(
     "--rate", type=click.FloatRange(min=0), default=120, show_default=True, help="Commits a second."
 )
-@click.option("--retention", default="15s", show_default=True, help="How long events are kept, or `forever`.")
+@click.option("--retention", default="10s", show_default=True, help="How long events are kept, or `forever`.")
 @click.option("--public", default="127.0.0.1:3000", show_default=True, help="Public address:port.")
 @click.option("--management", default="127.0.0.1:3001", show_default=True, help="Management address:port.")
 def demo(**arguments: Any) -> None:
@@ -138,7 +138,7 @@ def _settings(options: Options, data_dir: Path, network: SimulatedNetwork) -> Se
             "public": {"bind": _free_address(options.public)},
             "management": {"bind": _free_address(options.management)},
             "network": {"allow_private": True},
-            "gc": {"checkpoint_interval": "3s", "ttl_interval": "2s", "blocks_interval": "3s"},
+            "gc": {"checkpoint_interval": "2s", "ttl_interval": "2s", "blocks_interval": "2s"},
             "events": {"retention": options.retention},
             "ephemeral": {"enabled": options.ephemeral},
         }
