@@ -1,0 +1,91 @@
+"""The process that the crash tests kill: writes, folds, collects, prunes and wipes until it dies.
+
+``python -m tests.store.crash_child FOLDER POINT COUNT``: SIGKILLs itself at the COUNT-th pass of the
+crash point (``before put``, ``after blocks_gc``, …); with POINT ``-`` it prints one line for every
+acknowledged unit and runs until it is killed from outside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+from indexer.store.codecs import AccountStatus
+from indexer.store.database import Database
+from indexer.store.gc import BlocksGcWorker
+from indexer.store.refcounts import CheckpointWorker
+from indexer.store.retention import RetentionWorker
+from indexer.store.transaction import Transaction
+from indexer.store.writer import Writer
+from tests.store.support import block_of, cid_of, settings_of
+
+DIDS = [f"did:web:user{number}.test" for number in range(5)]
+
+
+def crasher(point: str, count: int) -> object:
+    left = count
+
+    def reached(name: str) -> None:
+        nonlocal left
+        if name == point:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return reached
+
+
+def commit(number: int, choice: random.Random, tx: Transaction) -> None:
+    """A commit of a few records with its cursor in the same batch; now and then a wipe."""
+    did = choice.choice(DIDS)
+    if number % 40 == 39:
+        tx.wipe_repo(did, AccountStatus.DELETED)
+    for _ in range(3):
+        path = f"a.b.c/{choice.randrange(12)}"
+        block = block_of(f"{number}" if choice.random() < 0.5 else f"again {choice.randrange(30)}")
+        if choice.random() < 0.3:
+            tx.delete_record(did, path, "3ka", live=True)
+        else:
+            tx.put_record(did, path, cid_of(block), block, "3ka", live=True)
+    tx.append_event("sync", did, fields={"number": number})
+    tx.set_cursor("upstream", number)
+
+
+async def main(folder: Path, point: str, count: int) -> None:
+    settings = settings_of(
+        events={"retention": "50ms"}, gc={"step_rows": 7, "wipe_point_rows": 5, "compact_after": 20},
+        writer={"group_ops": 40},
+    )  # fmt: skip
+    db = Database.open(folder / "db", memory_mib=32)
+    writer = Writer(db, settings, boot="one boot", crash_point=crasher(point, count))  # type: ignore[arg-type]
+    await writer.start()
+    workers = (
+        CheckpointWorker(db, writer, settings.gc),
+        BlocksGcWorker(db, writer, settings.gc),
+        RetentionWorker(db, writer, settings),
+    )
+    start = (db.cursor("upstream") or 0) + 1
+    choice = random.Random(start)
+
+    async def write() -> None:
+        for number in range(start, start + 100_000):
+            await writer.run("put", lambda tx, number=number: commit(number, choice, tx))  # type: ignore[misc]
+            if point == "-":
+                print(number, writer.head, flush=True)
+
+    async def upkeep() -> None:
+        while True:
+            for worker in workers:
+                await worker.run_once()
+
+    tasks = [asyncio.create_task(write()), asyncio.create_task(upkeep())]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    sys.exit("the crash point was never reached")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
