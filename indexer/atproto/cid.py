@@ -7,10 +7,10 @@ Anything else is refused here, at the border. Pure functions, any thread.
 
 from __future__ import annotations
 
-import binascii
 import re
-from base64 import b32decode
 from hashlib import sha256
+
+import libipld
 
 from indexer.atproto.types import Cid
 from indexer.errors import CarError, SyntaxInvalid
@@ -21,10 +21,6 @@ CID_LENGTH = 36
 TEXT_LENGTH = 59
 
 _TEXT = re.compile(r"b[a-z2-7]{58}")
-_ANY_TEXT = re.compile(r"[a-zA-Z0-9+=]{8,256}")
-_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
-# Ten bits to two characters: half as many steps as one character at a time.
-_PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
 
 
 def dag_cbor_cid(data: bytes) -> Cid:
@@ -39,10 +35,8 @@ def raw_cid(data: bytes) -> Cid:
 
 def format_cid(cid: Cid) -> str:
     """The text form of a binary CID. The caller knows that it is one (see `check_cid`)."""
-    # 36 bytes are 288 bits: two zero bits more make 58 characters, in 29 pairs.
-    number = int.from_bytes(cid, "big") << 2
-    pairs = _PAIRS
-    return "b" + "".join([pairs[number >> shift & 1023] for shift in range(280, -1, -10)])
+    text: str = libipld.encode_multibase("b", cid)
+    return text
 
 
 def parse_cid(text: str) -> Cid:
@@ -50,8 +44,8 @@ def parse_cid(text: str) -> Cid:
     if not isinstance(text, str) or _TEXT.fullmatch(text) is None:
         raise SyntaxInvalid(f"not a CID in base32 of 59 characters: {_shown(text)}")
     try:
-        cid = b32decode(text[1:].upper() + "======")
-    except binascii.Error as error:
+        cid: bytes = libipld.decode_multibase(text)[1]
+    except ValueError as error:
         raise SyntaxInvalid(f"not a CID in base32: {_shown(text)}") from error
     if format_cid(cid) != text:
         raise SyntaxInvalid(f"a CID with stray bits at its end: {_shown(text)}")
@@ -78,11 +72,6 @@ def cid_fault(cid: bytes) -> str:
     if cid[3:4] != b"\x20":
         return "its digest is not 32 bytes long"
     return f"it is {len(cid)} bytes long instead of {CID_LENGTH}"
-
-
-def is_cid_syntax(text: str) -> bool:
-    """Whether ``text`` has the general syntax of a CID string (any version but 0, any multibase)."""
-    return _ANY_TEXT.fullmatch(text) is not None and not text.startswith("Qmb")
 
 
 def verify_block(cid: Cid, data: bytes) -> None:

@@ -62,8 +62,11 @@ def decode_canonical(data: bytes) -> Any:
 def decode_exact(data: bytes) -> Any:
     """As `decode`, with links as `Link` and byte strings as bytes."""
     value = decode(data)
-    if _TAG not in data and not _may_hold_long_tags(data):
-        return value
+    return _typed(data) if _may_hold_links(data) else value
+
+
+def _typed(data: bytes) -> Any:
+    """`decode_exact` of data that libipld has accepted."""
     try:
         return cbor2.loads(data, tag_hook=_link_of)
     except DagCborError:
@@ -72,10 +75,11 @@ def decode_exact(data: bytes) -> Any:
         raise DagCborError(f"not DAG-CBOR: {_reason(error)}") from error
 
 
-def _may_hold_long_tags(data: bytes) -> bool:
+def _may_hold_links(data: bytes) -> bool:
     # libipld also takes tag 42 in a longer head (d9 00 2a and so on).
     return (
-        b"\xd9\x00\x2a" in data
+        _TAG in data
+        or b"\xd9\x00\x2a" in data
         or b"\xda\x00\x00\x00\x2a" in data
         or b"\xdb\x00\x00\x00\x00\x00\x00\x00\x2a" in data
     )
@@ -173,9 +177,10 @@ def _reason(error: Exception) -> str:
 def record_to_json(block: bytes) -> bytes:
     """The JSON form of a record block: ``{"$link": …}`` for links, ``{"$bytes": …}`` (unpadded) for bytes."""
     try:
-        if _TAG not in block and not _may_hold_long_tags(block):
-            return orjson.dumps(_decode(block), default=_bytes_json)
-        return orjson.dumps(decode_exact(block), default=_exact_json)
+        value = _decode(block)
+        if _may_hold_links(block):
+            return orjson.dumps(_typed(block), default=_exact_json)
+        return orjson.dumps(value, default=_bytes_json)
     except DagCborError:
         raise
     except Exception as error:
@@ -269,31 +274,43 @@ def check_record(block: bytes, *, max_bytes: int = MAX_RECORD_BYTES, max_depth: 
     if type(value) is not dict:
         raise RecordInvalid(f"a record is a map, not {type(value).__name__}")
     try:
-        _check_model(decode_exact(block), max_depth)
+        _check_model(_typed(block) if _may_hold_links(block) else value, max_depth)
     except DagCborError as error:
         raise RecordInvalid(str(error)) from error
 
 
 def _check_model(record: dict[str, Any], max_depth: int) -> None:
-    stack: list[tuple[Any, int]] = [(record, 1)]
-    while stack:
-        value, depth = stack.pop()
+    level: list[Any] = [record]
+    depth = 0
+    while level:
+        depth += 1
         if depth > max_depth:
             raise RecordInvalid(f"nested deeper than {max_depth} levels", reason="record_depth")
-        items = value.values() if type(value) is dict else value
-        if type(value) is dict and "$type" in value:
-            _check_type(value)
-        for item in items:
-            kind = type(item)
-            if kind is dict or kind is list:
-                stack.append((item, depth + 1))
-            elif kind is int:
-                if not -MAX_SAFE_INTEGER <= item <= MAX_SAFE_INTEGER:
-                    raise RecordInvalid(f"an integer beyond 53 bits: {item}")
-            elif kind is float:
-                raise RecordInvalid(f"a float is not allowed: {item!r}")
-            elif kind is Link and not _is_blessed(item):
-                raise RecordInvalid(f"a link to an unusable CID {item[:40].hex()}: {cid_fault(item)}")
+        below: list[Any] = []
+        for value in level:
+            if type(value) is dict:
+                if "$type" in value:
+                    _check_type(value)
+                value = value.values()
+            for item in value:
+                kind = type(item)
+                if kind is str:
+                    continue
+                if kind is dict or kind is list:
+                    below.append(item)
+                elif kind is int or kind is float or kind is Link:
+                    _check_scalar(item)
+        level = below
+
+
+def _check_scalar(item: int | float | Link) -> None:
+    if type(item) is int:
+        if not -MAX_SAFE_INTEGER <= item <= MAX_SAFE_INTEGER:
+            raise RecordInvalid(f"an integer beyond 53 bits: {item}")
+    elif type(item) is float:
+        raise RecordInvalid(f"a float is not allowed: {item!r}")
+    elif isinstance(item, Link) and not _is_blessed(item):
+        raise RecordInvalid(f"a link to an unusable CID {item[:40].hex()}: {cid_fault(item)}")
 
 
 def _is_blessed(cid: bytes) -> bool:

@@ -18,7 +18,17 @@ from typing import Final, NamedTuple
 from indexer.atproto import syntax
 from indexer.atproto.cid import DAG_CBOR_PREFIX, format_cid
 from indexer.atproto.mst import check_place, load_node, root_layer
-from indexer.atproto.node import EMPTY_ROOT, describe, encode_node, key_layer, replace_kid, shown
+from indexer.atproto.node import (
+    EMPTY_ROOT,
+    LAYER_BOUNDS,
+    are_tree_keys,
+    describe,
+    encode_node,
+    key_layer,
+    replace_kid,
+    shown,
+    split_node,
+)
 from indexer.atproto.types import Cid, Path
 from indexer.errors import CommitError, MissingBlock, MstError, SyntaxInvalid
 
@@ -236,12 +246,22 @@ class _Inversion:
 
     def _load(self, cid: Cid, layer: int, low: bytes, high: bytes | None) -> _Part:
         """The node behind ``cid``, with all that its place demands: on ``layer``, keys within (low, high)."""
-        node = load_node(cid, self._blocks.get)
-        check_place(cid, node, layer)
-        keys = node.keys
+        block = self._blocks.get(cid)
+        if block is None:
+            raise MissingBlock(f"{describe(cid)} is missing", cid=cid)
+        # `load_node` and `check_place`, inlined for what is fine; they say what is wrong.
+        keys, values, kids = split_node(block)
+        if keys:
+            bottom, top = LAYER_BOUNDS[layer]
+            digests = [sha256(key).digest() for key in keys]
+            fine = min(digests) >= bottom and max(digests) < top and are_tree_keys(keys)
+        else:
+            fine = kids[0] is not None
+        if not fine or (layer == 0 and any(kids)):
+            check_place(cid, load_node(cid, self._blocks.get), layer)
         if keys and (keys[0] <= low or (high is not None and keys[-1] >= high)):
             raise MstError(f"{describe(cid)} has keys outside of its parent's bounds")
-        return _Part(layer, *node, cid, self._blocks[cid])  # type: ignore[arg-type]
+        return _Part(layer, keys, values, kids, cid, block)  # type: ignore[arg-type]
 
     # --- changing the shape ---
 

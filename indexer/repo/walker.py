@@ -24,7 +24,16 @@ from indexer.atproto.cid import CID_LENGTH, DAG_CBOR_PREFIX, format_cid
 from indexer.atproto.commit import Commit, check_signature, decode_commit
 from indexer.atproto.mst import DEFAULT_LIMITS as TREE_LIMITS
 from indexer.atproto.mst import TreeLimits, check_path, root_layer
-from indexer.atproto.node import EMPTY_ROOT, Node, are_tree_keys, check_layer, describe, shown, split_node
+from indexer.atproto.node import (
+    EMPTY_ROOT,
+    Fields,
+    Node,
+    are_tree_keys,
+    check_layer,
+    describe,
+    shown,
+    split_node,
+)
 from indexer.atproto.syntax import MAX_RKEY
 from indexer.atproto.types import Cid, Did, DidKey, Path
 from indexer.errors import CarError, CommitError, MissingBlock, MstError
@@ -167,21 +176,22 @@ def _walk(data: bytes | mmap, root: Cid, spans: _Spans, max_nodes: int) -> tuple
     values: list[Cid] = []
     seen: set[Cid] = set()
     layers: list[list[bytes]] = []  # keys by the layer of the node that holds them
-    stack: list[tuple[Node, int, int]] = []  # a node under way, its layer, the number of its next child
+    stack: list[tuple[Fields, int, int]] = []  # a node under way, its layer, the number of its next child
     cid, layer = root, -1
     while True:
         node = _load(data, cid, spans, seen)
         if layer < 0:
-            layer = root_layer(root, node)
+            layer = root_layer(root, Node(*node))
             layers = [[] for _ in range(layer + 1)]
-        layers[layer] += node.keys
-        if node.kids.count(None) < len(node.kids):
+        node_keys, node_values, kids = node
+        layers[layer] += node_keys
+        if kids.count(None) < len(kids):
             if layer == 0:
                 raise MstError(f"{describe(cid)} is on layer 0 and has a child")
             stack.append((node, layer, 0))
-        elif node.keys:
-            keys += node.keys
-            values += node.values
+        elif node_keys:
+            keys += node_keys
+            values += node_values
         else:
             raise MstError(f"{describe(cid)} is empty")
         if len(seen) + len(keys) > max_nodes:
@@ -195,7 +205,7 @@ def _walk(data: bytes | mmap, root: Cid, spans: _Spans, max_nodes: int) -> tuple
     return keys, values
 
 
-def _load(data: bytes | mmap, cid: Cid, spans: _Spans, seen: set[Cid]) -> Node:
+def _load(data: bytes | mmap, cid: Cid, spans: _Spans, seen: set[Cid]) -> Fields:
     span = spans.get(cid)
     if span is None:
         raise MissingBlock(f"{describe(cid)} is missing", cid=cid)
@@ -205,7 +215,9 @@ def _load(data: bytes | mmap, cid: Cid, spans: _Spans, seen: set[Cid]) -> Node:
     return split_node(data[span[0] : span[1]])
 
 
-def _next(stack: list[tuple[Node, int, int]], keys: list[bytes], values: list[Cid]) -> tuple[Cid, int] | None:
+def _next(
+    stack: list[tuple[Fields, int, int]], keys: list[bytes], values: list[Cid]
+) -> tuple[Cid, int] | None:
     """(CID, layer) of the next child to enter; entries before it are added to ``keys`` and ``values``."""
     while stack:
         node, layer, index = stack.pop()
