@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import bench.backfill
+import bench.live
 import bench.verify
 from bench.__main__ import main
 
@@ -35,6 +37,30 @@ def test_verify_measures_and_profiles(
     metrics = _result(capsys, tmp_path, "verify", "10", "--profile", str(profile))
     assert "commits_per_s_10" in metrics
     assert "verify_batch" in profile.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.limit(120)
+def test_live_measures_a_daemon_of_its_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_ACCOUNTS", 3), ("_RECORDS", 20), ("_PACED", 50)):
+        monkeypatch.setattr(bench.live, name, value)
+    profile = tmp_path / "profile.txt"
+    metrics = _result(capsys, tmp_path, "live", "100", "--profile", str(profile))
+    assert {"commits_per_s_100", "p50_ms_100", "p99_ms_100"} <= set(metrics)
+    assert "run.py" in profile.read_text()
+    assert not list(tmp_path.glob("data-*")), "the daemon's folder is gone"
+
+
+@pytest.mark.slow
+@pytest.mark.limit(120)
+def test_backfill_measures_a_daemon_of_its_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.backfill, "_SIZES", (10, 50))
+    metrics = _result(capsys, tmp_path, "backfill", "100")
+    assert {"records_per_s_100", "compacted_records_per_s_100", "peak_mib_100"} <= set(metrics)
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["verify", "many"]])
