@@ -7,7 +7,8 @@ into that shape, and that bounds how long a query may take. Leaves the meaning o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import orjson
 import structlog
@@ -95,15 +96,19 @@ def errors_middleware(timeout: float, unbounded: frozenset[str] = frozenset()) -
 
 
 async def send_pieces(
-    request: web.Request, response: web.StreamResponse, pieces: AsyncIterator[bytes], piece_timeout: float
+    request: web.Request,
+    response: web.StreamResponse,
+    pieces: AsyncGenerator[bytes, None],
+    piece_timeout: float,
 ) -> web.StreamResponse:
     """Streams an answer. Its status is on its way, so a failure can only cut the connection, which the
     reader sees as an incomplete body; so does one who takes longer than the limit for a piece."""
     await response.prepare(request)
     try:
-        async for piece in pieces:
-            async with asyncio.timeout(piece_timeout):
-                await response.write(piece)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                async with asyncio.timeout(piece_timeout):
+                    await response.write(piece)
         await response.write_eof()
     except ConnectionError:
         pass

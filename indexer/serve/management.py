@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 #: Largest request body: some 100,000 DIDs.
 _MAX_BODY = 8 << 20
 #: Answers that take as long as they need.
-_UNBOUNDED = frozenset({"/repos", "/db/checkpoint", "/db/compact"})
+_UNBOUNDED = frozenset({"/repos", "/repos/resync", "/filter", "/db/checkpoint", "/db/compact"})
 
 
 class ManagementServer:

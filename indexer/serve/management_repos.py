@@ -7,7 +7,7 @@ answer names those acted on in the same form. Changes go through the writer, som
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -156,7 +156,7 @@ class RepoRoutes:
             after = rows[-1][0]
             yield None
 
-    async def _lines(self, state: str | None, after: Did, limit: int | None) -> AsyncIterator[bytes]:
+    async def _lines(self, state: str | None, after: Did, limit: int | None) -> AsyncGenerator[bytes, None]:
         """Rows as NDJSON, some hundred at a time."""
         lines: list[bytes] = []
         left = -1 if limit is None else limit

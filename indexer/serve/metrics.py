@@ -63,7 +63,7 @@ class Metrics(Collector):
         )
         yield _gauge(
             "pending_repos",
-            "Repositories that wait for work, counted up to 10000",
+            "Repositories that wait for work (estimate)",
             health.pending(self._services),
         )
 

@@ -96,7 +96,7 @@ class StreamHub:
         self._pulse_task = asyncio.create_task(self.pulse.run(), name="stream-pulse")
 
     async def stop(self) -> None:
-        """Tells every reader that the server goes away, and waits for them."""
+        """Tells every reader that the server goes away; the listener waits for them to leave."""
         for reader in list(self.readers):
             reader.leave(_GOING_AWAY, "ServerStopping")
         if self._pulse_task is not None:

@@ -16,26 +16,24 @@ from indexer.serve.management import ManagementServer
 from indexer.serve.public import PublicServer
 from tests.serve.node import ALICE, POST, fill, running, settings
 
+_ERRORS = [
+    ("GET", "/xrpc/com.example.nope", 501, "MethodNotImplemented"),
+    ("POST", "/xrpc/com.example.nope", 501, "MethodNotImplemented"),
+    ("POST", "/xrpc/com.atproto.repo.getRecord", 405, "InvalidRequest"),
+    ("GET", "/nothing", 404, "NotFound"),
+    ("POST", "/health", 405, "MethodNotAllowed"),
+    ("GET", "/stream", 400, "InvalidRequest"),
+]
 
-@pytest.mark.parametrize(
-    ("method", "path", "status", "name"),
-    [
-        ("GET", "/xrpc/com.example.nope", 501, "MethodNotImplemented"),
-        ("POST", "/xrpc/com.example.nope", 501, "MethodNotImplemented"),
-        ("POST", "/xrpc/com.atproto.repo.getRecord", 405, "InvalidRequest"),
-        ("GET", "/nothing", 404, "NotFound"),
-        ("POST", "/health", 405, "MethodNotAllowed"),
-        ("GET", "/stream", 400, "InvalidRequest"),
-    ],
-)
-async def test_every_error_has_the_shape_of_the_protocol(
-    tmp_path: Path, method: str, path: str, status: int, name: str
-) -> None:
-    async with running(tmp_path) as node, node.http.request(method, node.public.url + path) as response:
-        answer = await response.json()
-        assert (response.status, answer["error"]) == (status, name)
-        assert isinstance(answer["message"], str)
-        assert ("Access-Control-Allow-Origin" in response.headers) is path.startswith("/xrpc/")
+
+async def test_every_error_has_the_shape_of_the_protocol(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        for method, path, status, name in _ERRORS:
+            async with node.http.request(method, node.public.url + path) as response:
+                answer = await response.json()
+                assert (response.status, answer["error"]) == (status, name)
+                assert isinstance(answer["message"], str)
+                assert ("Access-Control-Allow-Origin" in response.headers) is path.startswith("/xrpc/")
 
 
 async def test_a_browser_may_ask_first(tmp_path: Path) -> None:

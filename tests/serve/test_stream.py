@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ import aiohttp
 import pytest
 import zstandard
 
+from indexer.serve import stream_format as wire
+from indexer.serve.stream_rules import EventFilter
 from indexer.store.codecs import AccountStatus
 from indexer.store.keyspaces import BLOCKS, FLOOR
 from indexer.store.transaction import Transaction
@@ -37,6 +40,14 @@ async def _posts(node: Node, start: int, count: int, did: str = ALICE, kind: str
 
 async def _set_floor(node: Node, floor: int) -> None:
     await node.writer.run("floor", lambda tx: tx.set_cursor(FLOOR, floor))
+
+
+async def _wipe(node: Node, did: str) -> None:
+    await node.writer.run("wipe", lambda tx: tx.wipe_repo(did, AccountStatus.ACTIVE))
+
+
+async def _gap(node: Node, did: str) -> None:
+    await node.writer.run("gap", lambda tx: tx.append_event("sync", did, fields={}))
 
 
 def _ids(found: list[dict[str, Any]]) -> list[int]:
@@ -230,21 +241,22 @@ async def test_index_only_events_carry_no_record(tmp_path: Path) -> None:
         assert "record" not in event["record"]
 
 
-@pytest.mark.parametrize(
-    ("query", "named"),
-    [
-        ("cursor=-1", "cursor"),
-        ("cursor=x", "cursor"),
-        ("wantedCollections=*", "wantedCollections"),
-        ("wantedDids=alice", "wantedDids"),
-        ("compress=gzip", "compress"),
-    ],
-)
-async def test_bad_options_are_refused_before_the_upgrade(tmp_path: Path, query: str, named: str) -> None:
-    async with running(tmp_path) as node, node.http.get(f"{node.public.url}/stream?{query}") as response:
-        answer = await response.json()
-        assert (response.status, answer["error"]) == (400, "InvalidRequest")
-        assert named in answer["message"]
+_BAD_OPTIONS = [
+    ("cursor=-1", "cursor"),
+    ("cursor=x", "cursor"),
+    ("wantedCollections=*", "wantedCollections"),
+    ("wantedDids=alice", "wantedDids"),
+    ("compress=gzip", "compress"),
+]
+
+
+async def test_bad_options_are_refused_before_the_upgrade(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        for query, named in _BAD_OPTIONS:
+            async with node.http.get(f"{node.public.url}/stream?{query}") as response:
+                answer = await response.json()
+                assert (response.status, answer["error"]) == (400, "InvalidRequest")
+                assert named in answer["message"]
 
 
 async def test_sockets_are_limited(tmp_path: Path) -> None:
@@ -310,3 +322,50 @@ async def test_a_stopping_server_says_goodbye(tmp_path: Path) -> None:
         await node.public.streams.stop()
         assert (await socket.receive()).type is aiohttp.WSMsgType.CLOSE
         assert socket.close_code == 1001
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_takes_agree_with_a_plain_read_of_the_log(tmp_path: Path, seed: int) -> None:
+    """From any position, whatever was encoded before: the events of the log, in order, each once."""
+    chance = random.Random(seed)
+    dids = [f"did:plc:{letter * 24}" for letter in "abcd"]
+    async with running(tmp_path, stream={"batch_events": 5}) as node:
+        encoded, events = node.public.streams.encoded, node.services.log
+
+        def ids_from(position: int, wanted: EventFilter) -> list[int]:
+            found: list[int] = []
+            while position < events.head:
+                taken = encoded.take(position, wanted, False)
+                assert taken.next_id > position
+                texts = [json.loads(text) for text in _texts(taken.payload)]
+                found += [text["id"] for text in texts if text["type"] != "info"]
+                position = taken.next_id
+            return found
+
+        for _ in range(25):
+            did = chance.choice(dids)
+            match chance.randrange(6):
+                case 0:
+                    await _wipe(node, did)
+                case 1:
+                    await _gap(node, did)
+                case 2:
+                    await _set_floor(node, chance.randint(events.floor, events.head))
+                case _:
+                    await _posts(node, chance.randrange(1000), chance.randint(1, 7), did)
+            start = chance.randint(events.floor, events.head)
+            plain = [event for event in events.read(start, 10_000) if event.kind != "sync"]
+            assert ids_from(start, EventFilter()) == [event.id for event in plain]
+            wanted = EventFilter(dids=frozenset({did}))
+            assert ids_from(start, wanted) == [event.id for event in plain if event.did == did]
+
+
+def _texts(payload: bytes) -> list[bytes]:
+    texts = []
+    while payload:
+        text = wire.payload_of(payload)
+        head = len(payload) - len(text)
+        size = payload[1] if head == 2 else int.from_bytes(payload[2:head], "big")
+        texts.append(text[:size])
+        payload = text[size:]
+    return texts

@@ -7,7 +7,7 @@ and sent, with the account's status read again in between, and a reader that sta
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -205,7 +205,7 @@ async def _car(
     did: Did,
     commit: tuple[Cid, bytes],
     links: Iterable[tuple[Cid, bytes | None]],
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The CAR in pieces; refuses to go on when the account stops being served."""
     yield car_header([commit[0]]) + car_block(*commit)
     for step in _steps(iter(links), _STEP_BLOCKS):
