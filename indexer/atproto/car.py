@@ -45,7 +45,7 @@ class Car(NamedTuple):
 def read_car(data: bytes, limits: Limits = DEFAULT_LIMITS, verify: bool = True) -> Car:
     """The whole archive, to its exact end. ``verify`` checks every block against its CID."""
     roots, start = read_header(data, limits)
-    blocks = {cid: data[begin:end] for cid, begin, end in _sections(data, start, limits, verify)}
+    blocks = {cid: data[begin:end] for cid, begin, end in sections(data, start, limits, verify)}
     return Car(roots, blocks)
 
 
@@ -54,7 +54,7 @@ def iter_blocks(
 ) -> Iterator[tuple[Cid, int, int]]:
     """(CID, start, end) of every block in the order of the archive; duplicates come twice."""
     _, start = read_header(data, limits)
-    return _sections(data, start, limits, verify)
+    return sections(data, start, limits, verify)
 
 
 def read_header(data: bytes | mmap, limits: Limits = DEFAULT_LIMITS) -> tuple[tuple[Cid, ...], int]:
@@ -109,7 +109,10 @@ def read_varint(data: bytes | mmap, at: int) -> tuple[int, int]:
     raise CarError(f"CAR ends inside the varint at offset {at}", reason="car_truncated")
 
 
-def _sections(data: bytes, at: int, limits: Limits, verify: bool) -> Iterator[tuple[Cid, int, int]]:
+def sections(
+    data: bytes | mmap, at: int, limits: Limits = DEFAULT_LIMITS, verify: bool = True
+) -> Iterator[tuple[Cid, int, int]]:
+    """`iter_blocks` behind a header that was read already."""
     size = len(data)
     largest = limits.max_block + CID_LENGTH
     count = 0
