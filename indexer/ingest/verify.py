@@ -3,15 +3,20 @@
 Takes a frame's bytes and a signing key, gives a compact verdict: offsets into the frame's own blocks, so
 that little travels back from a worker process. Owns the precedence of the rows; the checks themselves
 are `indexer.atproto`'s. Leaves out everything that needs stored state (`machine`). No I/O, no clock.
+
+Hot: of 4,000 production-like commits to repositories of 10,000 records (`python -m bench verify --profile`),
+reading the CAR with the general reader took a sixth of the time, the inlined `_plain_blocks` a third of that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
+from hashlib import sha256
 from typing import Final, Literal, NamedTuple, NoReturn, TypeAlias, cast
 
-from indexer.atproto.car import Limits, iter_blocks, read_header
+from indexer.atproto.car import Limits, car_header, iter_blocks, read_header
+from indexer.atproto.cid import DAG_CBOR_PREFIX, RAW_PREFIX
 from indexer.atproto.commit import Commit, check_signature, decode_commit
 from indexer.atproto.dagcbor import MAX_RECORD_BYTES, check_record
 from indexer.atproto.frames import MAX_BLOCKS_BYTES, CommitFrame, SyncFrame, decode_frame
@@ -30,7 +35,10 @@ SIGNATURE_ROW: Final = 12
 #: `MstError` reasons that are not about the shape of the tree.
 _TREE_FAULTS: Final = {"ops": (15, "ops"), "inversion": (17, "inversion")}
 #: A record block of any size that fits a frame is read, so that row 18 can set it aside.
-_CAR_LIMITS: Final = Limits(max_bytes=MAX_BLOCKS_BYTES, max_block=MAX_BLOCKS_BYTES, max_blocks=20_000)
+_CAR_LIMITS: Final = Limits(
+    max_bytes=MAX_BLOCKS_BYTES, max_block=MAX_BLOCKS_BYTES, max_blocks=MAX_BLOCKS_BYTES
+)
+_PREFIXES: Final = (DAG_CBOR_PREFIX, RAW_PREFIX)
 
 #: (action, path, CID or None, start, end, flags): the record is ``frame.blocks[start:end]``.
 VerifiedOp: TypeAlias = tuple[str, Path, Cid | None, int, int, int]
@@ -77,6 +85,19 @@ class VerifyLimits(NamedTuple):
     max_record_bytes: int = MAX_RECORD_BYTES
 
 
+Spans: TypeAlias = dict[Cid, Span]
+Blocks: TypeAlias = dict[Cid, bytes]
+
+
+class Signed(NamedTuple):
+    """A commit that its account's key vouches for, and what came with it."""
+
+    commit: Commit
+    span: Span
+    spans: Spans
+    content: Blocks
+
+
 class Refusal(Exception):
     """Ends the checks of one frame; never leaves this module."""
 
@@ -111,10 +132,10 @@ def verify_commit(frame: CommitFrame, key: DidKey, limits: VerifyLimits) -> Verd
     row, reason, message, outcome = 0, "", "", Outcome.OK
     ops: tuple[VerifiedOp, ...] = ()
     try:
-        commit, span, spans = _signed_commit(frame.repo, frame.rev, frame.commit, frame.blocks, key, limits)
-        data = commit.data
+        signed = _signed_commit(frame.repo, frame.rev, frame.commit, frame.blocks, key, limits)
+        data, span = signed.commit.data, signed.span
         _check_usable(frame)
-        ops = _verified_ops(frame, data, spans, limits)
+        ops = _verified_ops(frame, signed, limits)
     except Refusal as refusal:
         row, reason, message, outcome = refusal.row, refusal.reason, str(refusal), refusal.outcome
     return Verdict(
@@ -126,30 +147,28 @@ def verify_commit(frame: CommitFrame, key: DidKey, limits: VerifyLimits) -> Verd
 def verify_sync(frame: SyncFrame, key: DidKey, limits: VerifyLimits) -> Verdict:
     """Rows 7–12 for a decoded `#sync`, which only has to hold the signed commit."""
     try:
-        commit, span, _ = _signed_commit(frame.did, frame.rev, None, frame.blocks, key, limits)
+        signed = _signed_commit(frame.did, frame.rev, None, frame.blocks, key, limits)
     except Refusal as refusal:
         return Verdict(refusal.outcome, refusal.row, refusal.reason, str(refusal), SYNC, frame.did, frame.rev)
-    return Verdict(Outcome.OK, 0, "", "", SYNC, frame.did, frame.rev, data=commit.data, commit=span)
+    return Verdict(
+        Outcome.OK, 0, "", "", SYNC, frame.did, frame.rev, data=signed.commit.data, commit=signed.span
+    )
 
 
 def _signed_commit(
     did: Did, rev: Rev, named: Cid | None, blocks: bytes, key: DidKey, limits: VerifyLimits
-) -> tuple[Commit, Span, dict[Cid, Span]]:
+) -> Signed:
     """Rows 7–12: the commit block, proven to be the account's. ``named``: the CID in the message."""
     if rev > limits.max_rev:
         _reject(7, "future_rev", f"rev {rev} lies in the future")
-    try:
-        roots, _ = read_header(blocks)
-        spans = {cid: (start, end) for cid, start, end in iter_blocks(blocks, _CAR_LIMITS)}
-    except BadInput as error:
-        _reject(8, "car", error)
-    if not roots or (named is not None and roots[0] != named):
+    root, spans, content = _read_blocks(blocks, named)
+    if root is None or (named is not None and root != named):
         _reject(9, "root", "the first root of the CAR is not the commit that the message names")
-    span = spans.get(roots[0])
+    span = spans.get(root)
     if span is None:
         _reject(9, "root", "the commit block is not in the CAR")
     try:
-        commit = decode_commit(blocks[span[0] : span[1]])
+        commit = decode_commit(content[root])
     except BadInput as error:
         _reject(10, "commit_object", error)
     if commit.did != did:
@@ -160,7 +179,53 @@ def _signed_commit(
         check_signature(commit, key)
     except BadInput as error:
         _reject(SIGNATURE_ROW, "signature", error)
-    return commit, span, spans
+    return Signed(commit, span, spans, content)
+
+
+def _read_blocks(blocks: bytes, named: Cid | None) -> tuple[Cid | None, Spans, Blocks]:
+    """Row 8: the first root (None without roots), where each block lies, and the blocks."""
+    if named is not None:
+        header = car_header((named,))
+        if blocks.startswith(header):
+            plain = _plain_blocks(blocks, len(header))
+            if plain is not None:
+                return named, *plain
+    try:
+        roots, _ = read_header(blocks)
+        spans = {cid: (start, end) for cid, start, end in iter_blocks(blocks, _CAR_LIMITS)}
+    except BadInput as error:
+        _reject(8, "car", error)
+    content = {cid: blocks[start:end] for cid, (start, end) in spans.items()}
+    return roots[0] if roots else None, spans, content
+
+
+def _plain_blocks(blocks: bytes, at: int) -> tuple[Spans, Blocks] | None:
+    """The blocks of a CAR without anything unusual; None has the general reader look and judge."""
+    spans: Spans = {}
+    content: Blocks = {}
+    size = len(blocks)
+    try:
+        while at < size:
+            length = blocks[at]
+            at += 1
+            if length > 127:
+                high = blocks[at]
+                at += 1
+                if not 0 < high < 128:  # a block of 16 KiB or more, or a malformed length
+                    return None
+                length += (high << 7) - 128
+            end = at + length
+            cid = blocks[at : at + 36]
+            at += 36
+            block = blocks[at:end]
+            if end > size or cid[:4] not in _PREFIXES or sha256(block).digest() != cid[4:]:
+                return None
+            spans[cid] = (at, end)
+            content[cid] = block
+            at = end
+    except IndexError:
+        return None
+    return spans, content
 
 
 def _check_usable(frame: CommitFrame) -> None:
@@ -171,23 +236,20 @@ def _check_usable(frame: CommitFrame) -> None:
         _desync(3, "rebase", "the frame is marked rebase")
 
 
-def _verified_ops(
-    frame: CommitFrame, data: Cid, spans: Mapping[Cid, Span], limits: VerifyLimits
-) -> tuple[VerifiedOp, ...]:
+def _verified_ops(frame: CommitFrame, signed: Signed, limits: VerifyLimits) -> tuple[VerifiedOp, ...]:
     """Rows 14–18. Records are looked at last: a bad one is set aside alone."""
     ops = cast(list[Op], frame.ops)  # the same fields
     try:
         check_ops(ops)
     except BadInput as error:
         _reject(14, "ops", error)
+    spans, content = signed.spans, signed.content
     for op in ops:
         if op.cid is not None and op.cid not in spans:
             _reject(15, "record_missing", f"the record of {op.path} is not in the CAR")
-    blocks = frame.blocks
-    nodes = {cid: blocks[start:end] for cid, (start, end) in spans.items()}
     try:
         # The first commit of an account has no prevData: it follows the empty tree.
-        invert(data, nodes, ops, frame.prev_data or EMPTY_ROOT)
+        invert(signed.commit.data, content, ops, frame.prev_data or EMPTY_ROOT)
     except MissingBlock as error:
         _desync(17, "insufficient", error)
     except MstError as error:
@@ -197,7 +259,7 @@ def _verified_ops(
         [
             (op.action, op.path, None, 0, 0, 0)
             if op.cid is None
-            else (op.action, op.path, op.cid, *spans[op.cid], _flags(nodes[op.cid], limits))
+            else (op.action, op.path, op.cid, *spans[op.cid], _flags(content[op.cid], limits))
             for op in ops
         ]
     )
