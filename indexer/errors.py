@@ -26,6 +26,8 @@ was wrong and, where a person can act on it, what to do. No I/O; any thread.
     │   ├── FetchTransient       try again (carries ``retry_after`` seconds or None)
     │   └── FetchRefused         the host's final word (carries ``status`` and XRPC ``name``)
     ├── StoreError               our own state; stop loudly
+    │   ├── BlobCorrupt          an archived file does not decode, or does not hash to its name
+    │   ├── BlobMissing          nothing is stored under a digest
     │   ├── StoreCorrupt         a row does not decode, a block does not hash to its CID
     │   ├── StoreBusy            RocksDB asks for patience (write stall); retried by the writer
     │   ├── StoreFull            the disk is full
@@ -183,6 +185,26 @@ class FetchRefused(FetchError):
 
 class StoreError(IndexerError):
     reason = "store"
+
+
+class BlobMissing(StoreError):
+    """No content-addressed store holds what was asked for. ``digest`` is its SHA-256."""
+
+    reason = "blob_missing"
+
+    def __init__(self, digest: bytes) -> None:
+        super().__init__(f"nothing is stored under sha256 {digest.hex()}")
+        self.digest = digest
+
+
+class BlobCorrupt(StoreError):
+    """The bytes stored under ``digest``, its SHA-256, are not what was put there."""
+
+    reason = "blob_corrupt"
+
+    def __init__(self, digest: bytes, why: str) -> None:
+        super().__init__(f"what is stored under sha256 {digest.hex()} is damaged: {why}")
+        self.digest = digest
 
 
 class StoreCorrupt(StoreError):
