@@ -21,6 +21,7 @@ from indexer.atproto.mst import check_place, load_node, root_layer
 from indexer.atproto.node import (
     EMPTY_ROOT,
     LAYER_BOUNDS,
+    MAX_KEY_BYTES,
     are_tree_keys,
     describe,
     encode_node,
@@ -144,12 +145,16 @@ class _Inversion:
     def run(self, ops: Sequence[Op], expected: Cid | None) -> Cid:
         for op in ops:
             key = op.path.encode("ascii", "replace")
+            if len(key) > MAX_KEY_BYTES:
+                raise MstError(f"{shown(key)}… is longer than {MAX_KEY_BYTES} bytes", reason="ops")
             if op.action == "create":
                 self._remove(key, op.cid)
             elif op.action == "update":
                 self._exchange(key, op.cid, op.prev)
-            else:
+            elif op.action == "delete":
                 self._insert(key, op.prev)
+            else:
+                raise MstError(f"unknown action {op.action[:50]!r}", reason="ops")
         return self._finish(expected)
 
     # --- the three inverse operations ---

@@ -230,6 +230,8 @@ def test_an_unread_node_left_on_top_is_insufficient_not_fraud() -> None:
         Op("create", key_on(0), None, None),
         Op("update", key_on(0), V, None),
         Op("delete", "com.example.room/none", None, None),
+        Op("delete", "com.example.room/" + "a" * 900, None, V),
+        Op("upsert", key_on(0), V, None),
     ],
 )
 def test_a_tree_that_contradicts_the_operation(op: Op) -> None:
