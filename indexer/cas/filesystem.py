@@ -69,7 +69,8 @@ class FsBlobStore:
         self, source: Path, *, digest: Digest | None = None, between: Callable[[], None] | None = None
     ) -> Digest:
         if digest is None:
-            digest = digest_of_file(source, between)
+            with _translated(f"reading {source}"):
+                digest = digest_of_file(source, between)
         self._keep(checked(digest), lambda: source.open("rb"), between)
         return digest
 
@@ -93,9 +94,7 @@ class FsBlobStore:
             with self.open_read(digest) as reader:
                 for _ in chunks_of(reader):
                     pass
-        except BlobMissing:
-            return False
-        except BlobCorrupt:
+        except (BlobMissing, BlobCorrupt):
             return False
         return True
 
@@ -110,21 +109,18 @@ class FsBlobStore:
             raise StoreError(f"cannot compress: {error}") from error
 
     def _write(self, target: Path, pieces: Iterable[bytes]) -> None:
-        folder = target.parent
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            for parent in (folder.parent, folder.parent.parent, folder.parent.parent.parent):
-                _sync_folder(parent)
-        with _temporary(target) as temporary:
-            with temporary.open("wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
+        _make_folder(target.parent)
+        with _temporary(target) as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
             self._at("before rename")
-            temporary.replace(target)
+            Path(file.name).replace(target)
         self._at("after rename")
-        _sync_folder(folder)
+        # Damaged, in the form that the rule for media chose before it was changed.
+        target.with_suffix(_ZSTD if target.suffix == _RAW else _RAW).unlink(missing_ok=True)
+        _sync_folder(target.parent)
 
     # ---- out
 
@@ -232,13 +228,14 @@ def _is_stale(name: str) -> bool:
 
 
 @contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """The name of a file beside ``target`` that is this writer's alone; gone at the end, if it is there."""
-    name = f"{target.name.partition('.')[0]}.{os.getpid()}.{next(_numbers)}{_TEMP}"
+def _temporary(target: Path) -> Iterator[BinaryIO]:
+    """A new file beside ``target`` that is this writer's alone; gone at the end, unless it was renamed."""
+    name = f"{target.stem}.{os.getpid()}.{next(_numbers)}{_TEMP}"
     path = target.parent / name
     _writing.add(name)
     try:
-        yield path
+        with path.open("xb") as file:
+            yield file
     finally:
         path.unlink(missing_ok=True)
         _writing.discard(name)
@@ -262,6 +259,14 @@ def _decompressed(file: BinaryIO) -> Iterator[bytes]:
     # Bytes after the frame are read as another frame, which damage is not.
     reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=False)
     return chunks_of(reader)
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder that survives a power cut."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:
