@@ -30,6 +30,8 @@ log = structlog.get_logger()
 
 #: Frames of one rev must fit in a portion: a commit and a sync from each source.
 _LEAST_PORTION = 64
+#: Frames that came in while a portion was verified, up to so many, are verified in the writer's turn.
+_LATE_FRAMES = 32
 
 
 class Progress(Enum):
@@ -115,8 +117,19 @@ class Drainer:
         progress = self._replay_known(tx, did, portion, fresh)
         if progress is not Progress.MORE:
             return progress
-        if tx.buffered(did, limit=1):
-            return Progress.MORE if row.signing_key else Progress.STALE_KEY
+        late = tx.buffered(did, limit=_LATE_FRAMES + 1)
+        if late and not row.signing_key:
+            return Progress.STALE_KEY
+        if len(late) > _LATE_FRAMES:
+            return Progress.MORE
+        if late:
+            # Verified here, or a busy repository would never be found with an empty buffer.
+            items = [(frame.data, portion.key) for frame in late]
+            verdicts = verify_batch(items, self._tools.limits())
+            rest = Portion(portion.key, late, [_decoded(frame.data) for frame in late], verdicts)
+            progress = self._replay_known(tx, did, rest, fresh)
+            if progress is not Progress.MORE:
+                return progress
         self._finish(tx, did, resolved=fresh)
         return Progress.EMPTY
 
