@@ -164,7 +164,7 @@ class Backfill:
                 return
 
     def _refill(self) -> bool:
-        """Reads on in the queue until the window is full or everything due is in it; true when it got more."""
+        """Reads on in the queue until the window is full or the queue is read; true when it got more."""
         if time.monotonic() < self._read_again_at:
             return False
         before = len(self._ready)

@@ -11,7 +11,7 @@ import pytest
 from indexer.atproto.cid import parse_cid
 from indexer.simulator.account import Account
 from indexer.simulator.keys import SigningKey
-from indexer.store.codecs import AccountStatus, SyncState
+from indexer.store.codecs import AccountStatus, SyncState, Work
 from indexer.store.transaction import Transaction
 from tests.backfill.world import Host, World, account, answer_car, cids_of, edit, rev
 from tests.paths import shared_data
@@ -212,6 +212,54 @@ async def test_a_wipe_in_the_middle_ends_the_job_without_a_trace(tmp_path: Path)
         assert world.records(one) == {}
         assert (row.tracked, row.rev, row.epoch) == (False, "", 1)
         assert world.backfill.status()["done"] == 0
+
+
+async def test_a_new_life_begun_meanwhile_gets_nothing_of_the_old_fetch(tmp_path: Path) -> None:
+    one = account("one", posts(23))
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+
+        async def begin_anew(name: str) -> None:
+            if name == "backfill_apply":
+                world.writer.hook = None
+                await world.writer.run("wipe", lambda tx: tx.wipe_repo(one.did, AccountStatus.ACTIVE))
+                await world.change(one, tracked=True, state=SyncState.BACKFILLING, due=1)
+
+        world.writer.hook = begin_anew
+        row = await world.fetch(one)
+        assert world.records(one) == {}
+        assert (row.epoch, row.rev, row.attempt) == (1, "", 0)
+
+
+async def test_a_failure_of_the_old_life_leaves_the_new_one_alone(tmp_path: Path) -> None:
+    one = account("one", posts(1))
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+
+        async def begin_anew() -> None:
+            await world.writer.run("wipe", lambda tx: tx.wipe_repo(one.did, AccountStatus.ACTIVE))
+            await world.change(one, tracked=True, due=7)
+
+        host.answers[one.did] = answer_car(one, begin_anew, body=b"broken")
+        row = await world.fetch(one)
+        assert (row.epoch, row.due, row.attempt, row.error) == (1, 7, 0, "")
+
+
+async def test_a_replay_planned_before_the_fetch_waits_for_its_end(tmp_path: Path) -> None:
+    one = account("one", posts(1))
+    works = []
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+
+        async def look() -> None:
+            works.append(world.row(one).work)
+
+        host.answers[one.did] = answer_car(one, look)
+        await world.backfill.add([one.did])
+        await world.change(one, work=int(Work.DRAIN | Work.COMPARE_REV))
+        row = await world.fetch(one)
+        assert works == [Work.COMPARE_REV]
+        assert (row.state, world.drained) == (SyncState.SYNCED, [])
 
 
 async def test_an_unfollowed_repository_is_not_applied(tmp_path: Path) -> None:

@@ -387,6 +387,8 @@ async def test_the_pds_has_the_last_word_where_the_relay_is_asked_first(tmp_path
             await world.change(one, min_rev=rev(2))
             await world.fetch(one)
             assert (len(relay.asked), len(host.asked)) == (2, 1)
+            fetched = [len(relay.cars[one.did])] * 2 + [len(host.cars[one.did])]
+            assert world.backfill.status()["bytes"] == sum(fetched)
             assert (world.row(one).rev, world.row(one).state) == (rev(2), SyncState.SYNCED)
 
 

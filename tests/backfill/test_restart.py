@@ -101,6 +101,22 @@ async def test_the_repository_moved_on_while_we_were_dead(tmp_path: Path) -> Non
             assert len({(path, at) for _, path, at in events}) == len(events)
 
 
+async def test_half_applied_it_is_not_complete(tmp_path: Path) -> None:
+    one = one_with(23)
+    async with Host() as host:
+        host.serve(one)
+        async with World(tmp_path, host) as world:
+            assert (await world.fetch(one)).complete
+        host.serve(edit(one, 2, dict.fromkeys(sorted(one.records)[:12])))
+        await killed(tmp_path, host, one, "after backfill_apply", 2)
+        async with World(tmp_path, host) as world:
+            row = world.row(one)
+            assert (row.complete, row.rev) == (False, rev(1))
+            await world.running(lambda: world.row(one).state is SyncState.SYNCED)
+            assert world.row(one).complete
+            assert world.records(one) == cids_of(one)
+
+
 async def test_a_host_that_went_back_in_time_does_not_undo_what_was_applied(tmp_path: Path) -> None:
     one = one_with(23)
     async with Host() as host:
@@ -154,8 +170,12 @@ async def test_stopped_in_a_fetch_it_leaves_the_repository_in_the_queue(tmp_path
 
 
 async def test_what_a_killed_process_left_in_the_spool_is_removed(tmp_path: Path) -> None:
+    one = one_with(1)
     (tmp_path / "spool").mkdir(parents=True)
     (tmp_path / "spool" / "7.car").write_bytes(b"half")
     (tmp_path / "spool" / "7.index").write_bytes(b"half")
     async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+        await world.backfill.add([one.did])
+        await world.running(lambda: world.row(one).state is SyncState.SYNCED)
         assert world.spooled() == []

@@ -218,7 +218,7 @@ class World:
             jitter=lambda: 0.0,
         )  # fmt: skip
         self.spool = self.settings.data_dir / "spool"
-        self.backfill.tools.spool.prepare()
+        self.spool.mkdir(exist_ok=True)
         return self
 
     async def __aexit__(self, *_: object) -> None:
