@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from indexer.atproto.types import Micros
@@ -35,6 +36,7 @@ _MODERATION = frozenset((AccountStatus.SUSPENDED, AccountStatus.TAKENDOWN))
 _DEFAULT_PORTS = {"https": 443, "wss": 443, "http": 80, "ws": 80}
 
 
+@lru_cache(maxsize=4096)
 def host_of(url: str) -> str:
     """``host:port`` of a URL or upstream name, the same for https and wss; "" when there is none."""
     parts = urlsplit(url.removeprefix(PDS_PREFIX))

@@ -80,24 +80,21 @@ class Applier:
         if verdict is None or arrival.key != row.signing_key:
             self._tools.routes.forget(did)
             return self._unverified(tx, arrival, row)
-        waiting = bool(row.work & Work.RESOLVE) and tx.buffer_size(did)[0] > 0
-        situation = self._situation(tx, arrival, row)._replace(waiting=waiting, fresh=fresh)
+        waiting = row.work != 0 and bool(row.work & Work.RESOLVE) and tx.buffer_size(did)[0] > 0
+        trusted = has_authority(arrival.source, row.pds)
+        situation = Situation(tx.now_us, self.ephemeral, waiting, False, trusted, fresh)
         return self._carry_out(tx, arrival, row, verdict, decide(row, verdict, situation))
 
     def replay(
         self, tx: Transaction, arrival: Arrival, row: RepoRow, verdict: Verdict, *, fresh: bool
     ) -> Result:
         """One frame from the buffer, whose row the caller has read. A `BUFFER` result left all as it was."""
-        situation = self._situation(tx, arrival, row)._replace(draining=True, fresh=fresh)
+        trusted = has_authority(arrival.source, row.pds)
+        situation = Situation(tx.now_us, self.ephemeral, False, True, trusted, fresh)
         decision = decide(row, verdict, situation)
         if decision.act is Act.BUFFER:
             return Result(decision.act, decision.reason)
         return self._carry_out(tx, arrival, row, verdict, decision)
-
-    def _situation(self, tx: Transaction, arrival: Arrival, row: RepoRow) -> Situation:
-        return Situation(
-            tx.now_us, ephemeral=self.ephemeral, authority=has_authority(arrival.source, row.pds)
-        )
 
     def _carry_out(
         self, tx: Transaction, arrival: Arrival, row: RepoRow, verdict: Verdict, decision: Decision
@@ -253,7 +250,7 @@ class Applier:
         if new == old:
             return
         tx.set_repo(did, new)
-        if new.work & ~(0 if old is None else old.work):
+        if new.work and new.work & ~(0 if old is None else old.work):
             self._wake(did)
 
 

@@ -1,0 +1,135 @@
+"""Dialling: addresses, waits, and what an upgrade answer means."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from aiohttp import web
+from yarl import URL
+
+from indexer.atproto.types import Seq
+from indexer.config import IngestSettings, NetworkSettings
+from indexer.identity.guard import GuardedResolver
+from indexer.ingest.source import FIRST_WAIT_S, Backoff, Source, Upstream, subscribe_url
+
+
+def test_upstreams_are_relays_unless_marked_as_a_pds() -> None:
+    assert Upstream.parse("wss://relay.test/") == ("wss://relay.test/", "wss://relay.test")
+    assert not Upstream.parse("wss://relay.test").is_pds
+    assert Upstream.parse("pds::wss://pds.test").is_pds
+    assert Upstream.parse("pds::wss://pds.test").url == "wss://pds.test"
+
+
+@pytest.mark.parametrize(
+    ("base", "cursor", "url"),
+    [
+        ("wss://a.test", None, "wss://a.test/xrpc/com.atproto.sync.subscribeRepos"),
+        ("wss://a.test/", 7, "wss://a.test/xrpc/com.atproto.sync.subscribeRepos?cursor=7"),
+        ("ws://a.test:81/x/", 0, "ws://a.test:81/x/xrpc/com.atproto.sync.subscribeRepos?cursor=0"),
+    ],
+)
+def test_the_cursor_is_a_parameter(base: str, cursor: int | None, url: str) -> None:
+    assert str(subscribe_url(URL(base), cursor)) == url
+
+
+def test_waits_double_up_to_the_longest_with_jitter() -> None:
+    backoff = Backoff(8.0, chance=lambda: 1.0)
+    assert [backoff.next_wait() for _ in range(6)] == [FIRST_WAIT_S * n for n in (1, 2, 4, 8, 16, 16)]
+    backoff.reset()
+    backoff.chance = lambda: 0.0
+    assert backoff.next_wait() == FIRST_WAIT_S / 2
+    assert backoff.next_wait(asked=30.0) == 30.0
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.received: list[bytes] = []
+
+    async def settled(self) -> Seq | None:
+        return None
+
+    async def receive(self, data: bytes) -> None:
+        self.received.append(data)
+
+    def opened(self) -> None: ...
+
+    def closed(self, reason: str, message: str) -> None:
+        self.reasons.append(reason)
+
+
+def source(url: str, sink: Sink, *, private: bool = True, **limits: float) -> Source:
+    network = NetworkSettings(allow_private=private)
+    settings = IngestSettings.model_validate({"reconnect_max": 0.01, **limits})
+    return Source(Upstream.parse(url), sink, GuardedResolver(network).addresses, settings, network)
+
+
+async def serve(handler: object) -> tuple[web.AppRunner, str]:
+    app = web.Application()
+    app.router.add_get("/xrpc/com.atproto.sync.subscribeRepos", handler)  # type: ignore[arg-type]
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    return runner, f"ws://127.0.0.1:{runner.addresses[0][1]}"
+
+
+async def test_a_host_without_a_firehose_is_not_asked_again() -> None:
+    async def refuse(_request: web.Request) -> web.Response:
+        return web.Response(status=501)
+
+    runner, url = await serve(refuse)
+    sink = Sink()
+    await source(url, sink).run()
+    assert sink.reasons == ["http_501"]
+    await runner.cleanup()
+
+
+async def test_a_busy_host_is_asked_again() -> None:
+    async def busy(_request: web.Request) -> web.Response:
+        return web.Response(status=429, headers={"Retry-After": "0"})
+
+    runner, url = await serve(busy)
+    sink = Sink()
+    task = asyncio.create_task(source(url, sink).run())
+    while len(sink.reasons) < 3:
+        await asyncio.sleep(0.005)
+    task.cancel()
+    assert set(sink.reasons) == {"http_429"}
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize("kind", ["text", "oversize"])
+async def test_what_is_no_frame_ends_the_connection(kind: str) -> None:
+    async def talk(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_bytes(b"fine")
+        if kind == "text":
+            await socket.send_str("hello")
+        else:
+            await socket.send_bytes(bytes(70_000))
+        await socket.receive()
+        return socket
+
+    runner, url = await serve(talk)
+    sink = Sink()
+    task = asyncio.create_task(source(url, sink, max_frame_bytes=65_536).run())
+    while not sink.reasons:
+        await asyncio.sleep(0.005)
+    task.cancel()
+    assert sink.received[0] == b"fine"
+    assert sink.reasons[0] == ("text_frame" if kind == "text" else "closed")
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    "url", ["ws://127.0.0.1:1", "wss://127.0.0.1", "https://relay.test", "wss://a:b@relay.test"]
+)
+async def test_the_guard_judges_upstreams(url: str) -> None:
+    sink = Sink()
+    task = asyncio.create_task(source(url, sink, private=False).run())
+    while not sink.reasons:
+        await asyncio.sleep(0.005)
+    task.cancel()
+    assert sink.reasons[0] == "refused"
