@@ -81,13 +81,13 @@ class Start(NamedTuple):
 def start_position(cursor: int | None, floor: int, head: int) -> Start | None:
     """``head`` is the id that the next event will get. None: the cursor lies in the future.
 
-    0 asks for all that there is, so it is never outdated.
+    0 asks for everything from the first event on: it is outdated once something was pruned.
     """
     if cursor is None:
         return Start(head, False)
     if cursor > head:
         return None
-    return Start(max(cursor, floor), 0 < cursor < floor)
+    return Start(max(cursor, floor), max(cursor, 1) < floor)
 
 
 class SlowRule:

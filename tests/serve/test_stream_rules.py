@@ -14,7 +14,7 @@ from indexer.serve.stream_rules import EventFilter, SlowRule, Start, start_posit
     ("cursor", "wanted"),
     [
         (None, Start(20, False)),
-        (0, Start(10, False)),
+        (0, Start(10, True)),
         (9, Start(10, True)),
         (10, Start(10, False)),
         (15, Start(15, False)),
@@ -24,6 +24,10 @@ from indexer.serve.stream_rules import EventFilter, SlowRule, Start, start_posit
 )
 def test_a_cursor_is_inclusive_between_floor_and_head(cursor: int | None, wanted: Start | None) -> None:
     assert start_position(cursor, 10, 20) == wanted
+
+
+def test_zero_is_everything_as_long_as_nothing_was_pruned() -> None:
+    assert start_position(0, 1, 20) == Start(1, False)
 
 
 def test_a_filter_of_collections_lets_other_kinds_of_events_pass() -> None:

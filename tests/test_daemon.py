@@ -1,0 +1,104 @@
+"""The daemon as a process: it starts without its upstream, says so, and drains at SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from indexer.store.codecs import Mode
+from indexer.store.database import Database
+from tests.paths import ROOT
+
+SETTINGS = """
+data_dir = "{data}"
+upstreams = ["ws://127.0.0.1:9"]
+plc_urls = ["http://127.0.0.1:9"]
+[network]
+allow_private = true
+[public]
+bind = "127.0.0.1:0"
+[management]
+bind = "127.0.0.1:0"
+[log]
+format = "json"
+{more}
+"""
+
+
+class Run:
+    """`indexer run` as a child, with its log lines."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[dict[str, object]] = []
+
+    async def event(self, name: str) -> dict[str, object]:
+        """Reads the log until an event of this name."""
+        assert self.process.stderr is not None
+        while line := await self.process.stderr.readline():
+            entry: dict[str, object] = json.loads(line)
+            self.lines.append(entry)
+            if entry["event"] == name:
+                return entry
+        raise AssertionError(f"the daemon ended without the event {name}: {self.lines}")
+
+
+async def _run(tmp_path: Path, more: str = "") -> Run:
+    file = tmp_path / "settings.toml"
+    file.write_text(SETTINGS.format(data=tmp_path / "data", more=more))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "indexer", "run", "--config", str(file),
+        stderr=asyncio.subprocess.PIPE, cwd=ROOT,
+    )  # fmt: skip
+    return Run(process)
+
+
+async def _fails(tmp_path: Path, more: str = "") -> str:
+    """The one error line of a daemon that does not start."""
+    run = await _run(tmp_path, more)
+    _, errors = await run.process.communicate()
+    assert run.process.returncode == 1
+    lines = [line for line in errors.decode().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, errors.decode()
+    assert "Traceback" not in errors.decode()
+    return lines[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_an_unreachable_relay_is_retried_and_a_signal_drains(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    run = await _run(tmp_path)
+    listening = await run.event("listening")
+    async with aiohttp.ClientSession() as http, http.get(f"{listening['public']}/health") as answer:
+        assert answer.status == 200
+        assert (await answer.json())["sources"] == {"total": 1, "connected": 0}
+    await run.event("upstream_dropped")
+    began = time.monotonic()
+    run.process.send_signal(number)
+    assert await run.process.wait() == 0
+    assert time.monotonic() - began < 10
+    with Database.open(tmp_path / "data" / "db", mode=Mode()) as db:
+        assert db.mode == Mode()
+
+
+async def test_an_unknown_setting_is_named(tmp_path: Path) -> None:
+    assert "unknown setting: verifierz" in await _fails(tmp_path, "[verifierz]")
+
+
+async def test_another_mode_another_holder_and_a_ruined_database_are_named(tmp_path: Path) -> None:
+    db = tmp_path / "data" / "db"
+    db.parent.mkdir()
+    with Database.open(db, mode=Mode()):
+        assert "another process holds" in await _fails(tmp_path)
+    assert "ephemeral" in await _fails(tmp_path, "[ephemeral]\nenabled = true")
+    for manifest in db.glob("MANIFEST-*"):
+        manifest.write_bytes(b"ruined")
+    assert str(db) in await _fails(tmp_path)
