@@ -222,6 +222,14 @@ class BackfillSettings(Section):
     )
 
 
+class ArchiveSettings(Section):
+    cars: bool = Field(False, description="keep the CAR of every repository that is fetched")
+    zstd_level: int = Field(
+        3, ge=1, le=22, description="zstd level of archived CARs; 19 saves a fifth and takes 200 times longer"
+    )
+    keep_per_repo: int = Field(1, ge=1, description="archived CARs kept of one repository, the newest ones")
+
+
 class XrpcSettings(Section):
     rebuild_max_records: int = Field(
         2_000_000, ge=1, description="largest repository whose tree is rebuilt for an answer"
@@ -293,6 +301,7 @@ class Settings(BaseSettings):
     disk: DiskSettings = DiskSettings()
     ingest: IngestSettings = IngestSettings()
     backfill: BackfillSettings = BackfillSettings()
+    archive: ArchiveSettings = ArchiveSettings()
     xrpc: XrpcSettings = XrpcSettings()
     stream: StreamSettings = StreamSettings()
     log: LogSettings = LogSettings()

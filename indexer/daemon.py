@@ -19,6 +19,7 @@ import structlog
 
 from indexer.atproto.types import Did
 from indexer.backfill import Backfill
+from indexer.cas import FsBlobStore
 from indexer.config import Settings
 from indexer.errors import IndexerError
 from indexer.identity.http import HttpClient
@@ -29,6 +30,7 @@ from indexer.pool import Pool
 from indexer.serve.management import ManagementServer
 from indexer.serve.public import PublicServer
 from indexer.serve.services import Services
+from indexer.store.archives import Archives
 from indexer.store.codecs import Mode
 from indexer.store.database import Database
 from indexer.store.events import EventLog
@@ -88,17 +90,20 @@ class Daemon:
         resolver = Resolver(http, settings)
         filters = Filters.of(settings.filter).with_rows(self.db.filters())
         self.ingest = Ingest(self.db, self.writer, verifiers, resolver, filters, settings, http=http)
+        archives = await self._open_archives()
         self.backfill = Backfill(
-            self.db, self.writer, workers, resolver, http, settings, drain=self.ingest.drain
-        )
-        store_workers: dict[str, CheckpointWorker | BlocksGcWorker | RetentionWorker] = {
+            self.db, self.writer, workers, resolver, http, settings,
+            drain=self.ingest.drain, archives=archives,
+        )  # fmt: skip
+        store_workers: dict[str, CheckpointWorker | BlocksGcWorker | RetentionWorker | Archives] = {
             "checkpoint": CheckpointWorker(self.db, self.writer, settings.gc),
             "blocks_gc": BlocksGcWorker(self.db, self.writer, settings.gc),
             "retention": RetentionWorker(self.db, self.writer, settings),
+            "archives": archives,
         }
         self.services = Services(
             self.db, self.writer, EventLog(self.db, self.writer), resolver, workers, filters, settings,
-            self.ingest, self.backfill, store_workers,
+            self.ingest, self.backfill, store_workers, archives,
         )  # fmt: skip
         for name, worker in store_workers.items():
             self._spawn(name, worker.run)
@@ -112,6 +117,11 @@ class Daemon:
         self.db = Database.open(settings.data_dir / "db", memory_mib=settings.memory_mib, mode=mode)
         self._stack.callback(self.db.close)
         self.writer = Writer(self.db, settings)
+
+    async def _open_archives(self) -> Archives:
+        level = self.settings.archive.zstd_level
+        blobs = await asyncio.to_thread(FsBlobStore, self.settings.data_dir / "cas", level=level)
+        return Archives(self.db, self.writer, blobs, self.settings)
 
     async def _listen(self) -> None:
         self.public = PublicServer(self.services)

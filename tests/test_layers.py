@@ -27,7 +27,7 @@ ALLOWED = {
     "ingest": _BASE | {"atproto", "repo", "store", "identity", "pool"},
     "backfill": _BASE | {"atproto", "repo", "store", "identity", "pool", "ingest"},
     "serve": _BASE | {"atproto", "repo", "store", "identity", "pool", "ingest", "backfill"},
-    "daemon": _BASE | {"atproto", "repo", "store", "identity", "pool", "ingest", "backfill", "serve"},
+    "daemon": _BASE | {"atproto", "repo", "store", "cas", "identity", "pool", "ingest", "backfill", "serve"},
 }
 #: The top: the command line may import everything.
 TOP = {"cli", "commands", "__main__", "__init__"}

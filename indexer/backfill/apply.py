@@ -23,6 +23,7 @@ from indexer.backfill.queue import CLAIMED_DUE
 from indexer.backfill.rows import claimed, known_identity, with_word
 from indexer.backfill.verify import Verified, map_file, read_index
 from indexer.identity.resolver import Identity
+from indexer.store.archives import Archived
 from indexer.store.codecs import AccountStatus, RepoRow, SyncState, Work
 from indexer.store.database import Database
 from indexer.store.transaction import Transaction
@@ -41,6 +42,7 @@ class Plan:
     wants: WantsCollection | None  # None: every collection
     identity: Identity
     mark: str = ""  # stays in the row as its error
+    archived: Archived | None = None  # the CAR in the archive, where there is one
 
 
 class Applied(NamedTuple):
@@ -103,6 +105,8 @@ class Unit:
                 row = with_word(tx, did, row, AccountStatus.ACTIVE)
             row = finished(row, plan, waiting=tx.buffer_size(did)[0] > 0, now_us=tx.now_us)
             count_done(tx, plan)
+            if plan.archived is not None:
+                plan.archived.hold(tx, did, rev)
         if self.first or self.last:
             tx.set_repo(did, row)
         return row

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ from indexer.errors import CommitError, FetchTransient, IdentityError, IndexerEr
 from indexer.identity.http import HttpClient
 from indexer.identity.resolver import Identity, Resolver
 from indexer.pool import Pool
+from indexer.store.archives import Archives
 from indexer.store.codecs import RepoRow, SyncState, Work
 from indexer.store.database import Database
 from indexer.store.writer import Writer
@@ -64,6 +65,7 @@ class Tools:
     drain: Callable[[Did], Awaitable[object]]
     wants: Callable[[], WantsCollection | None]  # None: every collection
     jitter: Callable[[], float]
+    archives: Archives | None  # None: no CAR is kept
 
 
 class Obtained(NamedTuple):
@@ -226,11 +228,13 @@ class Job:
 
     async def _apply(self, epoch: int, obtained: Obtained) -> None:
         tools, verified = self._tools, obtained.verified
-        plan = Plan(
-            self._did, epoch, verified, self._car, Spool.index_path(self._car), tools.wants(),
-            obtained.identity, obtained.mark,
-        )  # fmt: skip
-        applied = await apply_repo(tools.db, tools.writer, plan, tools.settings.backfill.chunk_records)
+        archives = tools.archives
+        async with archives.keeping(self._did, self._car) if archives else nullcontext() as archived:
+            plan = Plan(
+                self._did, epoch, verified, self._car, Spool.index_path(self._car), tools.wants(),
+                obtained.identity, obtained.mark, archived,
+            )  # fmt: skip
+            applied = await apply_repo(tools.db, tools.writer, plan, tools.settings.backfill.chunk_records)
         if applied.row is None:
             log.info("backfill_obsolete", did=self._did, changes=applied.changes)
             return

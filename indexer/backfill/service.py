@@ -31,6 +31,7 @@ from indexer.identity.resolver import Resolver
 from indexer.ingest.account import PDS_PREFIX
 from indexer.ingest.filters import Filters
 from indexer.pool import Pool
+from indexer.store.archives import Archives
 from indexer.store.codecs import RepoRow, encode_due
 from indexer.store.database import Database
 from indexer.store.keyspaces import PENDING, REPOS
@@ -67,6 +68,7 @@ class Backfill:
         *,
         drain: Callable[[Did], Awaitable[object]],
         jitter: Callable[[], float] = random.random,
+        archives: Archives | None = None,
     ) -> None:
         limits = settings.backfill
         self._db = db
@@ -79,7 +81,7 @@ class Backfill:
         #: What jobs work with.
         self.tools = Tools(
             db, writer, pool, resolver, http, settings, self._hosts, self._budget, self._spool, self._stats,
-            relay_origin(settings.upstreams), drain, self._wanted_collections, jitter,
+            relay_origin(settings.upstreams), drain, self._wanted_collections, jitter, archives,
         )  # fmt: skip
         self._resolver = resolver
         self._ready = ReadyQueue(WINDOW)

@@ -13,6 +13,7 @@ from indexer.atproto.types import Did, Handle
 from indexer.config import Settings
 from indexer.ingest.filters import Filters
 from indexer.pool import Pool
+from indexer.store.archives import Archives
 from indexer.store.database import Database
 from indexer.store.events import EventLog
 from indexer.store.writer import Writer
@@ -66,8 +67,9 @@ class Services:
     settings: Settings
     ingest: IngestLike | None = None
     backfill: BackfillLike | None = None
-    #: "checkpoint", "blocks_gc", "retention"
+    #: "checkpoint", "blocks_gc", "retention", "archives"
     workers: Mapping[str, WorkerLike] = field(default_factory=dict)
+    archives: Archives | None = None
 
     def current_filters(self) -> Filters:
         """The filters in force: what was stored over what is set."""

@@ -30,6 +30,7 @@ from indexer.store.codecs import (
 from indexer.store.counts import EXACT, repo_names
 from indexer.store.database import Database
 from indexer.store.keyspaces import (
+    ARCHIVES,
     BLOCK_REFS,
     BLOCKS,
     COUNTS,
@@ -82,6 +83,7 @@ class _Check:
         self.events()
         self.records()
         self.buffers()
+        self.archives()
         if self.mode.blocks:
             for part in range(parts := self._parts()):
                 self.references(part, parts)
@@ -172,6 +174,11 @@ class _Check:
             for name in (f"buffer/{did}", "buffer"):
                 self.totals[f"{name}/frames"] += 1
                 self.totals[f"{name}/bytes"] += len(data)
+
+    def archives(self) -> None:
+        for _, row in self.reads.scan(ARCHIVES, *self.bounds):
+            self.totals["archives"] += 1
+            self.totals["archives/bytes"] += row.size
 
     # ---- references and blocks
 

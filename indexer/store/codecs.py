@@ -175,6 +175,14 @@ class QuarantineRow(NamedTuple):
     data: bytes
 
 
+class ArchiveRow(NamedTuple):
+    """An archived CAR: which rev of its repository, when it was fetched, its length."""
+
+    rev: Rev
+    time_us: Micros
+    size: int
+
+
 class RefChange(NamedTuple):
     did: Did
     epoch: int
@@ -340,6 +348,14 @@ def encode_quarantine(row: QuarantineRow) -> bytes:
 
 def decode_quarantine(data: bytes) -> QuarantineRow:
     return QuarantineRow._make(unpack(data))
+
+
+def encode_archive(row: ArchiveRow) -> bytes:
+    return pack(tuple(row))
+
+
+def decode_archive(data: bytes) -> ArchiveRow:
+    return ArchiveRow._make(unpack(data))
 
 
 def encode_waiting(value: tuple[int, bytes]) -> bytes:

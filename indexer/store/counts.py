@@ -2,8 +2,8 @@
 
 Names: ``repos``, ``repos/tracked``, ``repos/state/<label>``, ``repos/status/<label>``; ``records``,
 ``records/<collection>``, ``did/<did>/<collection>`` (served records only); ``events`` (retained
-rows); ``buffer/frames|bytes``, ``buffer/<did>/frames|bytes``. Other names (``ingest/…``, ``gc/…``) are
-tallies that nothing recounts. A row at zero does not exist. Pure.
+rows); ``buffer/frames|bytes``, ``buffer/<did>/frames|bytes``; ``archives``, ``archives/bytes``. Other
+names (``ingest/…``, ``gc/…``) are tallies that nothing recounts. A row at zero does not exist. Pure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from indexer.store.codecs import RepoRow
 
 #: Prefixes of the totals that `check` recounts.
-EXACT = ("repos", "records", "did/", "events", "buffer/")
+EXACT = ("repos", "records", "did/", "events", "buffer/", "archives")
 
 
 def repo_names(row: RepoRow) -> Iterator[str]:

@@ -14,6 +14,7 @@ from indexer.atproto.types import Cid, Did, EventId, Micros, Path, Rev
 from indexer.store import codecs
 from indexer.store.codecs import (
     AccountStatus,
+    ArchiveRow,
     Codec,
     FrameKind,
     QuarantineRow,
@@ -66,6 +67,7 @@ _REPO: Final = Codec[RepoRow](codecs.encode_repo, codecs.decode_repo)
 _RECORD: Final = Codec[RecordRow](codecs.encode_record, codecs.decode_record)
 _WORD: Final = Codec[tuple[AccountStatus, bool, int, Micros]](codecs.encode_word_value, codecs.decode_word)
 _CHANGES: Final = Codec[list[RefChange]](_read_only, codecs.decode_reflog)
+_ARCHIVE: Final = Codec[ArchiveRow](codecs.encode_archive, codecs.decode_archive)
 _WAITING: Final = Codec[tuple[int, bytes]](codecs.encode_waiting, codecs.decode_waiting)
 _QUARANTINE: Final = Codec[QuarantineRow](codecs.encode_quarantine, codecs.decode_quarantine)
 
@@ -112,12 +114,18 @@ FILTER: Final[Keyspace[tuple[str, str], None]] = Keyspace("filter", _PAIR, _EMPT
 QUARANTINE: Final[Keyspace[int, QuarantineRow]] = Keyspace(
     "quarantine", _U64, _QUARANTINE, Tuning(16, collected=True)
 )
+#: By the SHA-256 under which the bytes lie in `cas`.
+ARCHIVES: Final[Keyspace[tuple[Did, bytes], ArchiveRow]] = Keyspace("archives", _DID_CID, _ARCHIVE)
+#: Files of which the archive must look whether a row still holds them.
+ARCHIVE_QUEUE: Final[Keyspace[tuple[Did, bytes], None]] = Keyspace(
+    "archive_queue", _DID_CID, _EMPTY, Tuning(collected=True), _show_cid
+)
 
 KEYSPACES: Final[dict[str, Keyspace[Any, Any]]] = {
     keyspace.name: keyspace
     for keyspace in (
         REPOS, ACCOUNT_STATUS, RECORDS, BLOCKS, BLOCK_REFS, REFLOG, GC_QUEUE, EVENTS, CURSORS, COUNTS,
-        PENDING, RESYNC_BUFFER, FILTER, QUARANTINE,
+        PENDING, RESYNC_BUFFER, FILTER, QUARANTINE, ARCHIVES, ARCHIVE_QUEUE,
     )
 }  # fmt: skip
 

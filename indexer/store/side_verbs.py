@@ -1,4 +1,4 @@
-"""Verbs for what waits and what failed: resync buffer, quarantine, account words, filter.
+"""Verbs for what waits and what failed, and for archives: resync buffer, quarantine, account words, filter.
 
 The part of the transaction that does not touch records; see `Transaction`. On the writer's loop.
 """
@@ -10,13 +10,21 @@ from indexer.store import keyspaces
 from indexer.store.codecs import (
     AccountStatus,
     AccountWord,
+    ArchiveRow,
     BufferedFrame,
     FrameKind,
     QuarantineRow,
     did_range,
 )
 from indexer.store.group import Group
-from indexer.store.keyspaces import ACCOUNT_STATUS, FILTER, QUARANTINE, RESYNC_BUFFER
+from indexer.store.keyspaces import (
+    ACCOUNT_STATUS,
+    ARCHIVE_QUEUE,
+    ARCHIVES,
+    FILTER,
+    QUARANTINE,
+    RESYNC_BUFFER,
+)
 
 
 class SideVerbs(Group):
@@ -105,6 +113,45 @@ class SideVerbs(Group):
         if number >= self._limits.quarantine_entries:
             self.delete(QUARANTINE, number - self._limits.quarantine_entries)
         self.set_cursor(keyspaces.QUARANTINE_NEXT, number + 1)
+
+    # ---- archives
+
+    def queue_archive(self, did: Did, digest: bytes) -> None:
+        """A file that no row holds may appear: should nothing come of it, it is removed."""
+        self.put(ARCHIVE_QUEUE, (did, digest), None)
+
+    def hold_archive(self, did: Did, digest: bytes, row: ArchiveRow, keep: int) -> None:
+        """Keep a CAR; the newest ``keep`` of the repository stay, one of each rev."""
+        others = [(key, old) for key, old in self._archives(did) if key[1] != digest]
+        others.sort(key=lambda item: item[1].time_us, reverse=True)
+        kept = 1
+        for key, old in others:
+            if old.rev == row.rev or kept >= keep:
+                self._release_archive(key, old)
+            else:
+                kept += 1
+        before = self.get(ARCHIVES, (did, digest))
+        self.put(ARCHIVES, (did, digest), row)
+        self._count_archives(int(before is None), row.size - (0 if before is None else before.size))
+        self.delete(ARCHIVE_QUEUE, (did, digest))
+
+    def release_archives(self, did: Did) -> None:
+        """Let go of every CAR of a repository; the files follow."""
+        for key, row in self._archives(did):
+            self._release_archive(key, row)
+
+    def _archives(self, did: Did) -> list[tuple[tuple[Did, bytes], ArchiveRow]]:
+        rows = self.raw_scan(ARCHIVES.name, *did_range(did))
+        return [(ARCHIVES.key.decode(key), ARCHIVES.value.decode(raw)) for key, raw in rows]
+
+    def _release_archive(self, key: tuple[Did, bytes], row: ArchiveRow) -> None:
+        self.delete(ARCHIVES, key)
+        self.put(ARCHIVE_QUEUE, key, None)
+        self._count_archives(-1, -row.size)
+
+    def _count_archives(self, files: int, size: int) -> None:
+        self.add(self._deltas, "archives", files)
+        self.add(self._deltas, "archives/bytes", size)
 
     # ---- filter
 

@@ -243,6 +243,7 @@ class Transaction(SideVerbs):
         for collection, records in self.did_counts(did).items():
             self.add(self._did_counts, (did, collection), -records)
         self.drop_buffered(did)
+        self.release_archives(did)
         cids = self._refs.get((did, row.epoch))
         if cids is not None:
             self._undo.append((self._refs, (did, row.epoch), cids))
