@@ -20,7 +20,7 @@ COMMANDS = {
     "run": ("indexer.commands.run:run", "Run the daemon."),
     "demo": ("indexer.commands.demo:demo", "Run the daemon against a simulated network; no internet needed."),
     "simulate": ("indexer.commands.simulate:simulate", "Run only the simulated network."),
-    "repo": ("indexer.commands.client:repo", "Follow repositories and look at their state."),
+    "repo": ("indexer.commands.repo:repo", "Follow repositories and look at their state."),
     "get": ("indexer.commands.client:get", "Print a record by its at:// URI."),
     "stream": ("indexer.commands.client:stream", "Print the event stream."),
     "car": ("indexer.commands.car:car", "Inspect, verify and unpack repository CAR files."),

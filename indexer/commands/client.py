@@ -1,4 +1,4 @@
-"""`indexer get`, `stream` and `repo`: clients of a running daemon's HTTP interfaces.
+"""`indexer get` and `stream`, and what every client of a running daemon's HTTP interfaces shares.
 
 Owns their options, output and reconnecting. Everything goes through the public and the management listener;
 where they are comes from the options, else from the settings (file and environment) that the daemon has.
@@ -11,11 +11,11 @@ import asyncio
 import functools
 import json
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import aiohttp
 import click
@@ -32,8 +32,6 @@ _CONNECT_S = 5.0
 #: First and longest wait before the stream is opened again, in seconds.
 _RETRY_S = (0.5, 15.0)
 _MAX_MESSAGE = 16 << 20
-#: Time between two looks of `repo add --wait`, in seconds.
-_POLL_S = 0.5
 
 
 class Daemon:
@@ -68,6 +66,12 @@ class Daemon:
                 yield json.loads(line)
 
     @asynccontextmanager
+    async def content(self, path: str) -> AsyncIterator[aiohttp.StreamReader]:
+        """The body of a management answer, to be read piece by piece; a cut one raises."""
+        async with self._call("GET", f"{self.management}{path}", headers=self._headers) as response:
+            yield response.content
+
+    @asynccontextmanager
     async def _call(self, method: str, url: str, **options: Any) -> AsyncIterator[aiohttp.ClientResponse]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_TIMEOUT_S)
         try:
@@ -78,6 +82,8 @@ class Daemon:
                 if response.status >= 400:
                     raise await _refusal(response)
                 yield response
+        except aiohttp.ClientPayloadError as error:
+            raise FetchTransient("the daemon broke its answer off; its log tells why") from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise FetchTransient(_unreachable(url, error)) from error
         except ValueError as error:
@@ -99,7 +105,7 @@ def _unreachable(url: str, error: BaseException) -> str:
     return f"no daemon answers at {base} ({why}); start it with `indexer run`, or name its --url"
 
 
-def _with_daemon(command: Callable[..., None]) -> Callable[..., None]:
+def with_daemon(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options that say where the daemon is; the command gets it as ``daemon``."""
 
     @functools.wraps(command)
@@ -131,7 +137,7 @@ def _url_of(bind: str) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _run(work: Coroutine[Any, Any, T]) -> T:
+def run_client(work: Coroutine[Any, Any, T]) -> T:
     """Runs ``work`` until it is done or the terminal has enough of it."""
     try:
         return asyncio.run(work)
@@ -145,10 +151,10 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 @click.command()
 @click.argument("uri")
 @click.option("--json", "compact", is_flag=True, help="One line of JSON.")
-@_with_daemon
+@with_daemon
 def get(daemon: Daemon, uri: str, compact: bool) -> None:
     """Print the record at URI (at://did-or-handle/collection/rkey)."""
-    _run(_get(daemon, uri, compact))
+    run_client(_get(daemon, uri, compact))
 
 
 async def _get(daemon: Daemon, uri: str, compact: bool) -> None:
@@ -174,7 +180,7 @@ async def _get(daemon: Daemon, uri: str, compact: bool) -> None:
 @click.option("--did", "dids", multiple=True, help="Only events of this DID; repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after so many events.")
 @click.option("--json", "raw", is_flag=True, help="NDJSON, notices included.")
-@_with_daemon
+@with_daemon
 def stream(
     daemon: Daemon,
     cursor: int | None,
@@ -205,7 +211,7 @@ def stream(
 
         await tail.follow(take)
 
-    _run(main())
+    run_client(main())
 
 
 class Tail:
@@ -274,95 +280,3 @@ def _shown(message: Mapping[str, Any]) -> str:
         return f"-- {message['name']}: goes on at {message['id']}"
     details = " ".join(f"{key}={value}" for key, value in body.items() if key != "did")
     return f"{message['id']:>10} {kind} {body.get('did', '')} {details}"
-
-
-# --- repo -------------------------------------------------------------------------------------------------
-
-
-@click.group()
-def repo() -> None:
-    """Follow repositories and look at their state."""
-
-
-@repo.command()
-@click.argument("dids", nargs=-1, required=True, metavar="DID…")
-@click.option("--wait", is_flag=True, help="Return when all are synced, or one cannot be.")
-@click.option("--json", "raw", is_flag=True, help="NDJSON.")
-@_with_daemon
-def add(daemon: Daemon, dids: tuple[str, ...], wait: bool, raw: bool) -> None:
-    """Follow repositories."""
-
-    async def main() -> None:
-        wanted = [check_did(did) for did in dids]
-        await daemon.manage("PUT", "/repos", [{"did": did} for did in wanted])
-        for did in wanted:
-            row = await (_settled(daemon, did) if wait else daemon.manage("GET", _path(did)))
-            if not row["tracked"]:
-                raise RequestError(f"{did} is excluded by the filter and was not added")
-            click.echo(json.dumps(row) if raw else _line(row))
-
-    _run(main())
-
-
-async def _settled(daemon: Daemon, did: str) -> dict[str, Any]:
-    """The repository's state once it is synced or inactive."""
-    while True:
-        row: dict[str, Any] = await daemon.manage("GET", _path(did))
-        if row["state"] == "synced" or not row["active"] or not row["tracked"]:
-            return row
-        if row["error"] and not row["due_us"]:
-            raise RequestError(f"{did}: {row['error']}")
-        await asyncio.sleep(_POLL_S)
-
-
-@repo.command("list")
-@click.option("--state", type=click.Choice(["pending", "backfilling", "synced", "desynchronized"]))
-@click.option("--json", "raw", is_flag=True, help="NDJSON.")
-@_with_daemon
-def list_repos(daemon: Daemon, state: str | None, raw: bool) -> None:
-    """List known repositories in the order of their DIDs."""
-
-    async def main() -> None:
-        async with aclosing(daemon.lines(f"/repos?state={state}" if state else "/repos")) as rows:
-            async for row in rows:
-                click.echo(json.dumps(row) if raw else _line(row))
-
-    _run(main())
-
-
-@repo.command()
-@click.argument("did")
-@click.option("--json", "raw", is_flag=True, help="One line of JSON.")
-@_with_daemon
-def status(daemon: Daemon, did: str, raw: bool) -> None:
-    """Show everything known about one repository."""
-
-    async def main() -> None:
-        row = await daemon.manage("GET", _path(check_did(did)))
-        if raw:
-            click.echo(json.dumps(row))
-        else:
-            for line in _details(row):
-                click.echo(line)
-
-    _run(main())
-
-
-def _path(did: str) -> str:
-    return f"/repos/{quote(did, safe=':')}"
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    status = "" if row["active"] else f" ({row['status']})"
-    return f"{row['did']} {row['state']}{status} {row['rev'] or '-'} {row['handle'] or '-'}"
-
-
-def _details(row: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in row.items():
-        if isinstance(value, dict):
-            yield f"{key}:"
-            yield from (f"  {name:<40} {count}" for name, count in value.items())
-        elif isinstance(value, list):
-            yield f"{key:<16} {', '.join(map(str, value)) or '-'}"
-        else:
-            yield f"{key:<16} {'-' if value is None else value}"

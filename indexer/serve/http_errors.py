@@ -81,11 +81,13 @@ def as_response(error: Exception) -> web.Response:
 
 
 def errors_middleware(timeout: float, unbounded: frozenset[str] = frozenset()) -> Middleware:
-    """Middleware: errors in our shape, and a time limit for all but the ``unbounded`` paths."""
+    """Middleware: errors in our shape, and a time limit for all but the ``unbounded`` routes."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        limit = None if request.path in unbounded else timeout
+        resource = request.match_info.route.resource
+        route = request.path if resource is None else resource.canonical
+        limit = None if route in unbounded else timeout
         try:
             async with asyncio.timeout(limit):
                 return await handler(request)

@@ -21,6 +21,7 @@ from indexer.errors import ConfigError, RequestError
 from indexer.serve import health
 from indexer.serve.http_errors import error_response, errors_middleware, json_response
 from indexer.serve.listener import Listener, is_loopback
+from indexer.serve.management_archive import ARCHIVE, ArchiveRoutes
 from indexer.serve.management_db import DatabaseRoutes
 from indexer.serve.management_filter import FilterRoutes
 from indexer.serve.management_repos import RepoRoutes
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 #: Largest request body: some 100,000 DIDs.
 _MAX_BODY = 8 << 20
 #: Answers that take as long as they need.
-_UNBOUNDED = frozenset({"/repos", "/repos/resync", "/filter", "/db/checkpoint", "/db/compact"})
+_UNBOUNDED = frozenset({"/repos", "/repos/resync", "/filter", "/db/checkpoint", "/db/compact", ARCHIVE})
 
 
 class ManagementServer:
@@ -95,6 +96,7 @@ class ManagementServer:
         app.router.add_get("/readyz", self._ready)
         app.router.add_get("/metrics", self._exposition)
         RepoRoutes(self.services).add_to(app)
+        ArchiveRoutes(self.services).add_to(app)
         FilterRoutes(self.services).add_to(app)
         DatabaseRoutes(self.services).add_to(app)
         return app
