@@ -7,6 +7,8 @@ import json
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
@@ -50,21 +52,27 @@ class Run:
         raise AssertionError(f"the daemon ended without the event {name}: {self.lines}")
 
 
-async def _run(tmp_path: Path, more: str = "") -> Run:
+@asynccontextmanager
+async def _run(tmp_path: Path, more: str = "") -> AsyncIterator[Run]:
     file = tmp_path / "settings.toml"
     file.write_text(SETTINGS.format(data=tmp_path / "data", more=more))
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "indexer", "run", "--config", str(file),
         stderr=asyncio.subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip
-    return Run(process)
+    try:
+        yield Run(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 async def _fails(tmp_path: Path, more: str = "") -> str:
     """The one error line of a daemon that does not start."""
-    run = await _run(tmp_path, more)
-    _, errors = await run.process.communicate()
-    assert run.process.returncode == 1
+    async with _run(tmp_path, more) as run:
+        _, errors = await run.process.communicate()
+        assert run.process.returncode == 1
     lines = [line for line in errors.decode().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, errors.decode()
     assert "Traceback" not in errors.decode()
@@ -75,16 +83,16 @@ async def _fails(tmp_path: Path, more: str = "") -> str:
 async def test_an_unreachable_relay_is_retried_and_a_signal_drains(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    run = await _run(tmp_path)
-    listening = await run.event("listening")
-    async with aiohttp.ClientSession() as http, http.get(f"{listening['public']}/health") as answer:
-        assert answer.status == 200
-        assert (await answer.json())["sources"] == {"total": 1, "connected": 0}
-    await run.event("upstream_dropped")
-    began = time.monotonic()
-    run.process.send_signal(number)
-    assert await run.process.wait() == 0
-    assert time.monotonic() - began < 10
+    async with _run(tmp_path) as run:
+        listening = await run.event("listening")
+        async with aiohttp.ClientSession() as http, http.get(f"{listening['public']}/health") as answer:
+            assert answer.status == 200
+            assert (await answer.json())["sources"] == {"total": 1, "connected": 0}
+        await run.event("upstream_dropped")
+        began = time.monotonic()
+        run.process.send_signal(number)
+        assert await run.process.wait() == 0
+        assert time.monotonic() - began < 10
     with Database.open(tmp_path / "data" / "db", mode=Mode()) as db:
         assert db.mode == Mode()
 
