@@ -37,6 +37,7 @@ async def test_a_requested_repository_is_fetched_and_synced(tmp_path: Path) -> N
         assert (row.due, row.attempt, row.error) == (0, 0, "")
         assert world.events(one) == [("create", path, one.rev) for path in sorted(one.records)]
         assert all(world.db.block(one.did, record.cid) == record.block for record in one.records.values())
+        assert not any(event.live for event in world.log() if event.kind == "record")
         assert world.spooled() == []
         assert world.db.count("backfill/done/ok") == 1
         assert world.backfill.status()["done"] == 1
@@ -245,7 +246,9 @@ async def test_a_failure_of_the_old_life_leaves_the_new_one_alone(tmp_path: Path
         assert (row.epoch, row.due, row.attempt, row.error) == (1, 7, 0, "")
 
 
-async def test_a_replay_planned_before_the_fetch_waits_for_its_end(tmp_path: Path) -> None:
+async def test_a_replay_planned_before_the_fetch_waits_for_its_end_and_other_work_stays(
+    tmp_path: Path,
+) -> None:
     one = account("one", posts(1))
     works = []
     async with Host() as host, World(tmp_path, host) as world:
@@ -256,9 +259,9 @@ async def test_a_replay_planned_before_the_fetch_waits_for_its_end(tmp_path: Pat
 
         host.answers[one.did] = answer_car(one, look)
         await world.backfill.add([one.did])
-        await world.change(one, work=int(Work.DRAIN | Work.COMPARE_REV))
+        await world.change(one, work=int(Work.DRAIN | Work.COMPARE_REV | Work.RESOLVE))
         row = await world.fetch(one)
-        assert works == [Work.COMPARE_REV]
+        assert works == [Work.COMPARE_REV | Work.RESOLVE]
         assert (row.state, world.drained) == (SyncState.SYNCED, [])
 
 

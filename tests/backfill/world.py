@@ -293,16 +293,16 @@ class World:
         """(action, path, rev) of the repository's record events, in the order of the log."""
         return [
             (event.action, f"{event.collection}/{event.rkey}", event.rev)
-            for event in self._log()
+            for event in self.log()
             if event.did == one.did and event.kind == "record"
         ]
 
     def statuses(self, one: Account) -> list[str]:
         """The statuses of the repository's account events."""
-        found = (event for event in self._log() if event.did == one.did and event.kind == "account")
+        found = (event for event in self.log() if event.did == one.did and event.kind == "account")
         return [event.fields["status"] for event in found]
 
-    def _log(self) -> list[Event]:
+    def log(self) -> list[Event]:
         return [decode_event(key, raw) for key, raw in self.db.scan(EVENTS)]
 
     def spooled(self) -> list[Path]:
