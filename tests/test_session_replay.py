@@ -88,31 +88,43 @@ def check_log(node: Node) -> None:
     assert len(keys) == len(set(keys))
 
 
-async def replay(folder: Path, order: list[int], verifiers: int, *, relay: bool = False) -> None:
-    """Plays one PDS to its end, then the other beside it."""
+async def replay(folder: Path, phases: list[list[int]], verifiers: int, kind: str) -> None:
+    """Plays the PDSes' frames; each phase is a run of its own with the upstreams it names."""
     network = ReplayNetwork.from_session(SESSION)
     async with network:
-        prefix = "" if relay else "pds::"
-        names = [prefix + network.stream_urls[index] for index in order]
         tables = {
-            "upstreams": names[:1],
             "plc_urls": [network.plc_url],
             "verifiers": verifiers,
             "filter": {"mode": "full"},
             "network": {"connect_to": network.connect_to},
-            "ingest": {"refresh_interval": 0.5, "first_sight_wait": 0.2},
-            "backfill": {"retry_min": 0.1, "retry_max": 0.5, "source": "pds"},
+            "ingest": {"refresh_interval": 0.2, "first_sight_wait": 0.2},
+            "backfill": {"retry_min": 0.1, "retry_max": 0.5},
         }
-        ends = [network.playbacks[index].seq for index in order]
-        async with Node(folder, tables) as node:
-            await node.until(lambda: node.seqs() == ends[:1] and quiet(node))
-        async with Node(folder, {**tables, "upstreams": names}) as node:
-            await node.until(lambda: node.seqs() == ends and quiet(node))
-            check_against_truth(node)
-            check_log(node)
+        for phase in phases:
+            names = [kind + network.stream_urls[index] for index in phase]
+            ends = [network.playbacks[index].seq for index in phase]
+            async with Node(folder, {**tables, "upstreams": names}) as node:
+                await node.until(lambda ends=ends, node=node: node.seqs() == ends and quiet(node))  # type: ignore[misc]
+                if phase is phases[-1]:
+                    check_against_truth(node)
+                    check_log(node)
 
 
-@pytest.mark.parametrize("order", [[0, 1], [1, 0]], ids=["pds0 first", "pds1 first"])
-@pytest.mark.parametrize("verifiers", [0, 1])
-async def test_a_session_ends_in_its_ground_truth(tmp_path: Path, order: list[int], verifiers: int) -> None:
-    await replay(tmp_path, order, verifiers)
+PDS, RELAY = "pds::", ""
+
+
+@pytest.mark.parametrize(
+    ("phases", "verifiers", "kind"),
+    [
+        ([[0], [0, 1]], 0, PDS),
+        ([[1], [1, 0]], 1, PDS),
+        ([[0, 1]], 1, PDS),
+        ([[0], [1]], 0, RELAY),
+        ([[1], [0]], 1, RELAY),
+    ],
+    ids=["pds0 first", "pds1 first", "both at once", "pds0 first, as relays", "pds1 first, as relays"],
+)
+async def test_a_session_ends_in_its_ground_truth(
+    tmp_path: Path, phases: list[list[int]], verifiers: int, kind: str
+) -> None:
+    await replay(tmp_path, phases, verifiers, kind)

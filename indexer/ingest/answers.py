@@ -11,7 +11,7 @@ from typing import NamedTuple
 from indexer.atproto.types import Did, Rev
 from indexer.errors import IdentityGone
 from indexer.identity.resolver import Identity
-from indexer.ingest.account import CHECKED
+from indexer.ingest.account import CHECKED, PDS_PREFIX, has_authority
 from indexer.ingest.apply import Applier, with_identity
 from indexer.ingest.machine import Situation, desynchronized, drained
 from indexer.ingest.tools import Tools
@@ -71,7 +71,8 @@ class Answers:
             tx.set_account_word(did, *word)
             new = self._applier.with_words(tx, did, new, [*words, word], {})
         self._store(tx, did, row, new)
-        if status is AccountStatus.DELETED and new.status is AccountStatus.DELETED and row.rev:
+        confirmed = status is AccountStatus.DELETED or _told_by_its_pds(words, identity.pds)
+        if confirmed and new.status is AccountStatus.DELETED and row.rev:
             self.purge(tx, did)
 
     def purge(self, tx: Transaction, did: Did) -> None:
@@ -123,6 +124,16 @@ class Answers:
     def _store(tx: Transaction, did: Did, old: RepoRow, new: RepoRow) -> None:
         if new != old:
             tx.set_repo(did, new)
+
+
+def _told_by_its_pds(words: list[AccountWord], pds: str) -> bool:
+    """Whether the account's present PDS, which we follow, said that it was deleted."""
+    return any(
+        word.status is AccountStatus.DELETED
+        and word.source.startswith(PDS_PREFIX)
+        and has_authority(word.source, pds)
+        for word in words
+    )
 
 
 class Latest(NamedTuple):

@@ -31,7 +31,7 @@ from indexer.store.transaction import Transaction
 
 
 class Arrival(NamedTuple):
-    """A `#commit` or `#sync` on its way in. ``seq`` is 0 for one that comes from the buffer."""
+    """A `#commit` or `#sync` on its way in, from the socket or from the buffer."""
 
     source: str
     seq: Seq
@@ -166,6 +166,7 @@ class Applier:
     def failed(self, tx: Transaction, arrival: Arrival, error: Exception) -> None:
         """Stands in for a step that raised: the frame is set aside, its repository fetched anew."""
         reason = getattr(error, "reason", "") or type(error).__name__
+        self._tools.routes.forget(arrival.did)
         tx.quarantine(arrival.source, arrival.seq, arrival.did, reason, str(error), arrival.data)
         row = tx.repo(arrival.did)
         if row is not None and row.tracked:
@@ -212,7 +213,10 @@ class Applier:
         status = effective(words, row.pds)
         if status is row.status:
             return row
-        tx.append_event("account", did, fields={"active": status.active, "status": status.label, **fields})
+        said: dict[str, Any] = {"active": status.active}
+        if not status.active:
+            said["status"] = status.label
+        tx.append_event("account", did, fields={**said, **fields})
         return with_status(row, status, tx.now_us, ephemeral=self.ephemeral)
 
     # ---- rows

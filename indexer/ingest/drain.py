@@ -163,7 +163,7 @@ class Drainer:
         frame, waiting = portion.decoded[index], portion.frames[index]
         if row is None or frame is None:
             return True
-        arrival = Arrival(waiting.source, 0, did, frame, waiting.data, portion.key)
+        arrival = Arrival(waiting.source, frame.seq, did, frame, waiting.data, portion.key)
         result = self._applier.replay(tx, arrival, row, portion.verdicts[index], fresh=fresh)
         if result.act is Act.BUFFER:
             return fresh
@@ -181,6 +181,7 @@ class Drainer:
     def _give_up(self, tx: Transaction, did: Did, message: str) -> None:
         """Something of ours failed on a frame: the buffer goes, the repository is fetched anew."""
         tx.drop_buffered(did)
+        self._tools.routes.forget(did)
         row = tx.repo(did)
         if row is not None:
             broken = desynchronized(row, message[:500], Situation(tx.now_us, self._applier.ephemeral))

@@ -20,7 +20,7 @@ import structlog
 
 from indexer.atproto.syntax import is_tid
 from indexer.atproto.types import Did
-from indexer.errors import FetchError, FetchTransient, IdentityGone, IdentityUnavailable
+from indexer.errors import FetchError, FetchRefused, FetchTransient, IdentityGone, IdentityUnavailable
 from indexer.identity.http import Response
 from indexer.identity.resolver import Identity
 from indexer.ingest.account import status_of
@@ -32,6 +32,7 @@ from indexer.store.codecs import AccountStatus, RepoRow, Work
 log = structlog.get_logger()
 
 GET_STATUS = "/xrpc/com.atproto.sync.getRepoStatus?did="
+GET_REPO = "/xrpc/com.atproto.sync.getRepo?did="
 _MAX_STATUS_BYTES = 16_384
 _SCAN_ROWS = 500
 #: Waits between tries, in seconds: the first, and the longest.
@@ -220,6 +221,8 @@ class DueWork:
         try:
             identity = await tools.resolver.resolve(did, refresh=True)
             status = (await self._latest(identity)).status
+            if status is None and row.status is AccountStatus.DELETED:
+                status = await self._repo_status(identity)
         except IdentityGone as error:
             gone = error
             await tools.writer.run("identity_gone", lambda tx: self._answers.gone(tx, did, gone))
@@ -250,6 +253,15 @@ class DueWork:
                 f"{identity.pds} answered {response.status}", retry_after=response.retry_after
             )
         return read_latest(response)
+
+    async def _repo_status(self, identity: Identity) -> AccountStatus | None:
+        """What a refused `getRepo` says, for hosts that do not answer `getRepoStatus`."""
+        url = identity.pds.rstrip("/") + GET_REPO + quote(identity.did, safe=":")
+        try:
+            response = await self._tools.http.get(url, max_bytes=_MAX_STATUS_BYTES)
+        except FetchRefused:  # larger than an error: the repository is there
+            return None
+        return _REFUSALS.get(response.xrpc_error()[0]) if response.status != 200 else None
 
 
 def read_latest(response: Response) -> Latest:

@@ -100,8 +100,9 @@ class Pipeline:
     # ---- the source's side
 
     async def settled(self) -> Seq | None:
-        """Waits until everything received is committed; the cursor to continue from."""
+        """Waits until everything received is committed and the disk has room; the cursor to continue from."""
         self._flush()
+        await self._tools.space.wait()
         async with self._changed:
             await self._changed.wait_for(lambda: not self._bytes)
         self._stored = self._tools.db.cursor(self._cursor_name) or 0
@@ -117,6 +118,8 @@ class Pipeline:
 
     async def receive(self, data: bytes) -> None:
         """One binary message. Raises `UpstreamError` or a fatal `FrameError` to end the connection."""
+        if not self._tools.space.is_set():
+            raise UpstreamError("the disk is nearly full; free some space to go on", name="disk_floor")
         self._frames += 1
         message = self._message(data)
         if message is None:

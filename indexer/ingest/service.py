@@ -7,6 +7,7 @@ the caller of `run` with it. Event loop only.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from typing import Any
 
 import structlog
@@ -29,6 +30,9 @@ from indexer.store.writer import Writer
 
 log = structlog.get_logger()
 
+#: Time between two looks at the free space, in seconds.
+DISK_CHECK_S = 5.0
+
 
 class Ingest:
     """Follows the upstreams of the settings."""
@@ -48,7 +52,9 @@ class Ingest:
         self._http = http or HttpClient(settings.network)
         self._settings = settings
         routes = Routes(settings.identity.cache_entries)
-        tools = Tools(db, writer, pool, resolver, self._http, settings, routes)
+        self._space = asyncio.Event()
+        self._space.set()
+        tools = Tools(db, writer, pool, resolver, self._http, settings, routes, self._space)
         self.applier = Applier(
             filters.with_rows(db.filters()), tools, self._wake, ephemeral=db.mode.ephemeral
         )
@@ -90,6 +96,7 @@ class Ingest:
     async def _follow(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._due.run(), name="ingest-due")
+            tasks.create_task(self._watch_disk(), name="ingest-disk")
             for pipeline in self._pipelines:
                 source = Source(
                     pipeline.upstream,
@@ -100,6 +107,18 @@ class Ingest:
                 )
                 tasks.create_task(pipeline.run(), name=f"ingest-{pipeline.upstream.name}")
                 tasks.create_task(source.run(), name=f"source-{pipeline.upstream.name}")
+
+    async def _watch_disk(self) -> None:
+        """Below the hard floor nothing more is taken in, until there is room again."""
+        floor = self._settings.disk.hard_floor_mib << 20
+        while True:
+            free = shutil.disk_usage(self._settings.data_dir).free
+            if free >= floor:
+                self._space.set()
+            elif self._space.is_set():
+                self._space.clear()
+                log.error("ingest_paused", free_mib=free >> 20, floor_mib=floor >> 20)
+            await asyncio.sleep(DISK_CHECK_S)
 
     async def stop(self) -> None:
         """Ends `run`. What was received and is not committed comes again after a restart."""

@@ -5,6 +5,7 @@ Owns no behaviour but the table's. Event loop only.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import time
@@ -64,6 +65,8 @@ class Tools:
     http: HttpClient
     settings: Settings
     routes: Routes
+    #: Set while the disk has room above the hard floor.
+    space: asyncio.Event
     #: DIDs of which an `#identity` came in since their identity was last asked for.
     hints: set[Did] = field(default_factory=set)
     clock: Callable[[], float] = time

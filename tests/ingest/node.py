@@ -32,7 +32,8 @@ class Node:
 
     def __init__(self, folder: Path, tables: dict[str, Any]) -> None:
         network = {"allow_private": True, **tables.get("network", {})}
-        tables = {**tables, "network": network, "disk": {"soft_floor_mib": 0, "hard_floor_mib": 0}}
+        disk = {"soft_floor_mib": 0, "hard_floor_mib": 0, **tables.get("disk", {})}
+        tables = {**tables, "network": network, "disk": disk}
         self.settings = Settings(data_dir=folder, **tables)
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from indexer.identity.http import Response
 from indexer.ingest.account import (
     CHECKED,
     effective,
@@ -14,6 +15,7 @@ from indexer.ingest.account import (
     status_of,
     with_status,
 )
+from indexer.ingest.identities import read_latest
 from indexer.store.codecs import NEW_REPO, AccountStatus, AccountWord, RepoRow, SyncState
 
 A, D, T, X = (
@@ -128,3 +130,23 @@ def test_active_again_is_fetched_if_something_was_missed(row: RepoRow, state: Sy
 
 def test_an_inactive_account_is_not_fetched() -> None:
     assert with_status(NEW_REPO._replace(due=5), T, 7, ephemeral=False) == NEW_REPO._replace(status=T)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "latest"),
+    [
+        (200, b'{"did":"did:plc:a","active":true,"rev":"3aaaaaaaaaa22"}', (A, "3aaaaaaaaaa22")),
+        (200, b'{"did":"did:plc:a","active":false,"status":"takendown"}', (T, None)),
+        (200, b'{"active":true,"rev":"not a tid"}', (A, None)),
+        (200, b'{"active":"yes"}', (None, None)),
+        (200, b"<html>", (None, None)),
+        (400, b'{"error":"RepoNotFound"}', (X, None)),
+        (400, b'{"error":"RepoDeactivated"}', (D, None)),
+        (404, b"not here", (None, None)),
+        (501, b'{"error":"MethodNotImplemented"}', (None, None)),
+    ],
+)
+def test_answers_to_get_repo_status(
+    status: int, body: bytes, latest: tuple[AccountStatus | None, str | None]
+) -> None:
+    assert read_latest(Response(status, {}, body, "")) == latest

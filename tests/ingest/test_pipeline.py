@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from indexer.ingest import identities, service
+from indexer.ingest.answers import Latest
 from indexer.ingest.apply import Applier
 from indexer.simulator.keys import K256, SigningKey
 from indexer.simulator.replay import ReplayNetwork, ReplaySource
@@ -22,6 +25,12 @@ from tests.ingest.node import Node
 
 HOME, AWAY = "http://home.test:80", "http://away.test:80"
 PATH = f"{POST}/3aaaaaaaaaa22"
+
+
+class Usage(NamedTuple):
+    """As `shutil.disk_usage` gives it, as far as it is looked at."""
+
+    free: int
 
 
 class World:
@@ -310,6 +319,21 @@ async def test_a_deleted_account_is_hidden_and_purged_once_confirmed(tmp_path: P
         assert row_of(node, forge).tracked
 
 
+async def test_the_pds_s_own_word_confirms_a_deletion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identities, "read_latest", lambda _response: Latest(None, None))
+    monkeypatch.setattr(identities, "_REFUSALS", {})
+    async with world() as net, net.node(tmp_path, direct=True) as node:
+        forge = net.account()
+        net.send(forge.parts(), forge.posts(2))
+        await node.until(lambda: holds(node, forge))
+        net.send(net.plain(forge.status, False, "deleted"))
+        await node.until(lambda: row_of(node, forge).epoch == 1 and row_of(node, forge).work == 0)
+        assert row_of(node, forge).status is AccountStatus.DELETED
+        assert node.db.records(forge.did) == []
+
+
 async def test_a_tombstone_in_the_directory_purges(tmp_path: Path) -> None:
     async with world() as net, net.node(tmp_path) as node:
         forge = net.account()
@@ -473,6 +497,25 @@ async def test_a_full_buffer_is_dropped_and_the_repository_fetched(tmp_path: Pat
         assert count(node, "drop/buffer_full") >= 1
         net.store(forge)
         net.network.documents[forge.did] = known
+        await node.until(lambda: holds(node, forge))
+
+
+async def test_a_full_disk_stops_the_intake_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "DISK_CHECK_S", 0.01)
+    free = 100 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(free))
+    async with world() as net, net.node(tmp_path, disk={"hard_floor_mib": 50}) as node:
+        forge = net.account()
+        net.send(forge.parts())
+        await node.until(lambda: holds(node, forge))
+        free = 10 << 20
+        await node.until(lambda: not node.ingest._space.is_set())
+        net.send(forge.posts(1))
+        await node.until(lambda: "connection/disk_floor" in node.ingest.status()[0]["outcomes"])
+        assert len(node.db.records(forge.did)) == 0
+        free = 100 << 20
         await node.until(lambda: holds(node, forge))
 
 
