@@ -119,8 +119,8 @@ PDS, RELAY = "pds::", ""
         ([[0], [0, 1]], 0, PDS),
         ([[1], [1, 0]], 1, PDS),
         ([[0, 1]], 1, PDS),
-        ([[0], [1]], 0, RELAY),
-        ([[1], [0]], 1, RELAY),
+        pytest.param([[0], [1]], 0, RELAY, marks=pytest.mark.slow),
+        pytest.param([[1], [0]], 1, RELAY, marks=pytest.mark.slow),
     ],
     ids=["pds0 first", "pds1 first", "both at once", "pds0 first, as relays", "pds1 first, as relays"],
 )
