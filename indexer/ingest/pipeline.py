@@ -89,7 +89,7 @@ class Pipeline:
         self._verifying = 0
         self._bytes = 0
         self._flush_planned = False
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()  # something left the path
         self._ready = asyncio.Event()
         self._connected = False
         self._frames = 0
@@ -103,8 +103,8 @@ class Pipeline:
         """Waits until everything received is committed and the disk has room; the cursor to continue from."""
         self._flush()
         await self._tools.space.wait()
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._bytes)
+        while self._bytes:
+            await self._change()
         self._stored = self._tools.db.cursor(self._cursor_name) or 0
         self._stored_time = self._tools.db.cursor(self._time_name) or 0
         return None if self._live_tail or not self._stored else self._stored
@@ -273,9 +273,12 @@ class Pipeline:
             # What else is in the socket already comes into the same batch.
             self._flush_planned = True
             asyncio.get_running_loop().call_soon(self._flush_if_idle)
-        if self._full():
-            async with self._changed:
-                await self._changed.wait_for(lambda: not self._full())
+        while self._full():
+            await self._change()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
 
     def _full(self) -> bool:
         return (
@@ -327,7 +330,7 @@ class Pipeline:
                 verdicts = await batch.verdicts if batch.verdicts is not None else []
                 await self._submit(batch, verdicts)
                 self._queue.popleft()
-                await self._notify()
+                self._changed.set()
             await self._ready.wait()
 
     async def _submit(self, batch: Batch, verdicts: list[Verdict]) -> None:
@@ -349,11 +352,7 @@ class Pipeline:
 
     def _committed(self, batch: Batch) -> None:
         self._bytes -= batch.size
-        asyncio.get_running_loop().create_task(self._notify())
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+        self._changed.set()
 
     def _step(self, message: Message, verdict: Verdict | None) -> Callable[[Transaction], None]:
         def step(tx: Transaction) -> None:
