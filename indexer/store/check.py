@@ -1,8 +1,8 @@
 """The integrity check: every guarantee of the store, recounted from the rows.
 
 Blocks exist and hash to their CID; references, totals and `pending` equal a recount; event ids lie
-between floor and head with strictly increasing times. Reads one snapshot, so it may run beside the
-writer (in a thread) and afterwards speaks of one moment. Works in partitions, so that its memory
+between floor and head with strictly increasing times. Reads one snapshot, so it speaks of one moment
+and may run beside the writer in a thread. Works in partitions, so that its memory
 does not grow with the log.
 """
 
@@ -254,11 +254,16 @@ class _Check:
 
 
 def check(db: Database, did: Did | None = None) -> Report:
-    """Verify every guarantee, of one repository when ``did`` is given. Take it on the writer's loop."""
+    """Verify every guarantee, of one repository when ``did`` is given. Call it on the writer's loop."""
     with db.snapshot() as snapshot:
-        inspection = _Check(snapshot, db.mode, did)
-        try:
-            return inspection.run()
-        except StoreCorrupt as error:
-            inspection.problem(str(error))
-            return Report(inspection.problems, 0, 0, 0, 0)
+        return check_reads(snapshot, db.mode, did)
+
+
+def check_reads(reads: Reads, mode: Mode, did: Did | None = None) -> Report:
+    """As `check`, of a snapshot that was taken on the writer's loop; any thread."""
+    inspection = _Check(reads, mode, did)
+    try:
+        return inspection.run()
+    except StoreCorrupt as error:
+        inspection.problem(str(error))
+        return Report(inspection.problems, 0, 0, 0, 0)

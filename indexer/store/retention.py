@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from indexer.atproto.types import Did, EventId, Micros
 from indexer.config import Settings
@@ -24,6 +24,9 @@ from indexer.store.transaction import Transaction
 from indexer.store.wipes import Wipe
 from indexer.store.worker import Worker
 from indexer.store.writer import Writer
+
+_LONG_SWEEP_S: Final = 1.0
+_SWEEP_SPACING: Final = 20  # times a long walk's duration until the next one; wipes gather meanwhile
 
 
 class Watermark(NamedTuple):
@@ -58,6 +61,7 @@ class RetentionWorker(Worker):
         self.last: RetentionReport | None = None
         self.pruned = 0
         self.swept = 0
+        self._next_sweep = 0.0
 
     @property
     def interval(self) -> float:
@@ -136,8 +140,9 @@ class RetentionWorker(Worker):
     async def _sweep(self) -> tuple[int, int]:
         """Delete the events of wiped lives; one walk over the log serves all wipes before it."""
         done = self._ready_wipes()
-        if not done:
+        if not done or time.monotonic() < self._next_sweep:
             return 0, 0
+        started_sweep = time.monotonic()
         end = max(wipe.head for wipe in done.values())
         position = self._sweep_position(end)
         swept = 0
@@ -148,6 +153,9 @@ class RetentionWorker(Worker):
             await self._pace.rest(time.perf_counter() - started, looked)
         await self._compact([did for did, wipe in done.items() if wipe.ranged])
         await self._writer.run(self.name, partial(self._finish_sweep, done))
+        took = time.monotonic() - started_sweep
+        if took > _LONG_SWEEP_S:
+            self._next_sweep = time.monotonic() + took * _SWEEP_SPACING
         return swept, len(done)
 
     def _ready_wipes(self) -> dict[Did, Wipe]:

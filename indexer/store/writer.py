@@ -112,6 +112,8 @@ class Writer:
         self._queued = 0  # steps in the queue
         self._wake = asyncio.Event()
         self._head_moved: asyncio.Future[None] | None = None
+        self._head = self.state.next_id
+        self._closed = asyncio.Event()
         self._dirty = False  # committed since the last sync
         self._poison: BaseException | None = None
         self._stopping = False
@@ -145,6 +147,7 @@ class Writer:
         await asyncio.gather(*others, return_exceptions=True)
         if self._poison is None:
             await self._write_cursors({keyspaces.CLEAN: 1})
+        self._closed.set()
         self._wake_readers()
 
     async def abandon(self) -> None:
@@ -236,8 +239,8 @@ class Writer:
 
     @property
     def head(self) -> EventId:
-        """The id of the next event: every event below it is committed."""
-        return self.state.next_id
+        """The id of the next event: every event below it is committed (and synced, when all are)."""
+        return self._head
 
     @property
     def floor(self) -> EventId:
@@ -255,12 +258,17 @@ class Writer:
 
     async def wait_head(self, beyond: EventId) -> EventId:
         """Wait until the head is above ``beyond``; raises `WriterPoisoned` when it cannot move any more."""
-        while self.state.next_id <= beyond:
+        while self._head <= beyond:
             self._check()
             if self._head_moved is None:
                 self._head_moved = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._head_moved)
-        return self.state.next_id
+        return self._head
+
+    async def wait_closed(self) -> BaseException | None:
+        """Wait until nothing is written any more; what poisoned the writer, None after a stop."""
+        await self._closed.wait()
+        return self._poison
 
     @property
     def stats(self) -> WriterStats:
@@ -274,17 +282,12 @@ class Writer:
             dict(self._names),
         )
 
-    def crash_point(self, name: str) -> None:
-        """Tests kill the process here."""
-        if self._crash_point is not None:
-            self._crash_point(name)
-
     # ---- the task
 
     async def _run(self) -> None:
         done: list[_Unit[Any]] = []
         try:
-            while True:
+            while self._poison is None:
                 if not self._queue:
                     if self._stopping and not self._waiting:
                         return
@@ -356,25 +359,28 @@ class Writer:
             tx.clear()
             return
         must_sync = tx.finish()
-        if self._crash_point is not None:
-            for unit in done:
-                self._crash_point(f"before {unit.name}")
+        self._crash_points("before", done)
         await self._write(tx.batch)
+        tx.absorb()  # at once: what memory mirrors must not lag behind what reads see
         if must_sync or self._flush_interval == 0:
             await self._sync()
+        self._crash_points("after", done)
+        self._groups += 1
+        if self._head != self.state.next_id:
+            self._head = self.state.next_id
+            self._wake_readers()
+
+    def _crash_points(self, moment: str, done: list[_Unit[Any]]) -> None:
         if self._crash_point is not None:
             for unit in done:
-                self._crash_point(f"after {unit.name}")
-        head = self.state.next_id
-        tx.absorb()
-        self._groups += 1
-        if self.state.next_id != head:
-            self._wake_readers()
+                self._crash_point(f"{moment} {unit.name}")
 
     async def _write(self, build: Callable[[], Any]) -> None:
         """Write a batch; a stall consumes it, so it is built again after a wait."""
         wait, longest = _STALL_WAIT_S
         while True:
+            if self._poison is not None:
+                raise self._poison
             batch = build()
             started = time.perf_counter()
             try:
@@ -400,7 +406,8 @@ class Writer:
             moved.set_result(None)
 
     def _poisoned_by(self, error: BaseException, done: list[_Unit[Any]]) -> None:
-        self._poison = error
+        if self._poison is None:
+            self._poison = error
         closed = WriterPoisoned(f"the writer is closed for good: {error}")
         closed.__cause__ = error
         for unit in (*done, *self._queue, *self._waiting):
@@ -409,6 +416,7 @@ class Writer:
         self._waiting.clear()
         self._queued = 0
         self._wake.set()
+        self._closed.set()
         self._wake_readers()
 
     # ---- durability

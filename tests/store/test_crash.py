@@ -57,7 +57,7 @@ async def assert_exact(folder: Path) -> int:
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.limit(60)
 async def test_killed_at_a_crash_point(tmp_path: Path, point: str) -> None:
-    crash(tmp_path, point, 3)
+    crash(tmp_path, point, 1)
     await assert_exact(tmp_path)
 
 

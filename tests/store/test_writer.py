@@ -223,7 +223,7 @@ async def test_a_failed_commit_poisons_the_writer(tmp_path: Path, monkeypatch: p
         )
         assert all(isinstance(result, WriterPoisoned) for result in results)
         assert store.writer.poisoned
-        assert isinstance(store.writer.poison, StoreFull)
+        assert isinstance(await store.writer.wait_closed(), StoreFull)
         monkeypatch.undo()
         with pytest.raises(WriterPoisoned, match="disk is full"):
             await store.put(ALICE, LIKE, "two")
@@ -252,6 +252,22 @@ async def test_every_commit_is_synced_when_asked(tmp_path: Path) -> None:
         await store.put(ALICE, POST, "one")
         await store.put(ALICE, LIKE, "two")
         assert store.writer.stats.syncs - before == 2
+
+
+async def test_readers_see_an_event_only_once_it_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path, durability={"flush_interval": 0}) as store:
+        sync, heads = type(store.db).sync_wal, []
+
+        def watched(db: Any) -> None:
+            heads.append((store.log.head, len(store.events())))
+            sync(db)
+
+        monkeypatch.setattr(type(store.db), "sync_wal", watched)
+        await store.put(ALICE, POST, "one")
+        assert heads == [(1, 0)]
+        assert (store.log.head, len(store.events())) == (2, 1)
 
 
 async def test_the_log_is_synced_at_intervals_only_when_something_was_written(tmp_path: Path) -> None:
@@ -389,3 +405,4 @@ async def test_a_stopped_writer_wakes_its_readers(tmp_path: Path) -> None:
         await store.writer.stop()
         with pytest.raises(WriterPoisoned):
             await waiting
+        assert await store.writer.wait_closed() is None
