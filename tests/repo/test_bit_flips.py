@@ -23,14 +23,19 @@ class Flipper:
         self._buffer = mmap.mmap(-1, len(car))
         self._buffer[:] = car
 
-    def flip(self, position: int, bit: int) -> BadInput:
-        """The error that one flipped bit causes."""
+    def flip(self, position: int, bit: int) -> type[BadInput]:
+        """The kind of error that one flipped bit causes."""
         self._buffer[position] ^= 1 << bit
-        with pytest.raises(BadInput) as caught:
+        kind: type[BadInput] | None = None
+        # Not `pytest.raises`: what it keeps is a cycle that holds the whole index of a large archive.
+        try:
             index_repo(self._buffer, did=self.did, key=self.key)
+        except BadInput as error:
+            assert str(error)
+            kind = type(error)
         self._buffer[position] ^= 1 << bit
-        assert str(caught.value)
-        return caught.value
+        assert kind is not None, f"bit {bit} of byte {position} can be flipped unnoticed"
+        return kind
 
 
 @pytest.mark.parametrize("name", ["empty", "ten"])
@@ -44,8 +49,7 @@ def test_every_byte_of_a_small_archive(name: str) -> None:
 def test_every_bit_of_the_smallest_archive() -> None:
     flipper = Flipper(sample("empty").car, sample("empty").truth)
     for position in range(flipper.size * 8):
-        error = flipper.flip(position // 8, position % 8)
-        assert isinstance(error, CarError | MissingBlock)
+        assert flipper.flip(position // 8, position % 8) in (CarError, MissingBlock)
 
 
 @pytest.mark.slow
