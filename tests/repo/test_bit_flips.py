@@ -27,13 +27,14 @@ class Flipper:
         """The kind of error that one flipped bit causes."""
         self._buffer[position] ^= 1 << bit
         kind: type[BadInput] | None = None
+        message = "unnoticed"
         # Not `pytest.raises`: what it keeps is a cycle that holds the whole index of a large archive.
         try:
             index_repo(self._buffer, did=self.did, key=self.key)
         except BadInput as error:
-            assert str(error)
-            kind = type(error)
+            kind, message = type(error), str(error)
         self._buffer[position] ^= 1 << bit
+        assert message
         assert kind is not None, f"bit {bit} of byte {position} can be flipped unnoticed"
         return kind
 
