@@ -1,20 +1,20 @@
 """Archived CARs: which files of the byte store belong to which repository, and the end of the others.
 
 The bytes lie in `cas`, a row in `archives` holds each file. Before a file is written its name goes into
-`archive_queue`; the unit that makes the row takes it out again, and whoever drops a row (a newer CAR, a
-wipe) puts it back. So a kill at any moment leaves no file that neither a row nor the queue knows. The
-passes remove what is queued and not held. On the writer's loop; files are touched in threads.
+`archive_queue`, synced; the unit that makes the row takes it out again, and whoever drops a row (a newer
+CAR, a wipe) puts it back. So a kill at any moment leaves no file that neither a row nor the queue knows.
+The passes remove what is queued and not held. On the writer's loop; files are touched in threads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final, NamedTuple, TypeAlias
+from typing import BinaryIO, Final, NamedTuple, TypeAlias, TypeVar
 
 from indexer.atproto.types import Did, Micros, Rev
 from indexer.cas import BlobStore, Digest, digest_of_file
@@ -27,6 +27,8 @@ from indexer.store.reads import Reads
 from indexer.store.transaction import Transaction
 from indexer.store.worker import Worker
 from indexer.store.writer import Writer
+
+T = TypeVar("T")
 
 Key: TypeAlias = tuple[Did, Digest]
 
@@ -103,6 +105,7 @@ class Archives(Worker):
                 self._busy.add(digest)
         try:
             await self._writer.run("archive", lambda tx: tx.queue_archive(did, digest))
+            await _in_thread(self._sync)  # a power cut must not keep the file and forget its name
             async with self._slots:
                 await _in_thread(partial(self.blobs.put_file, car, digest=digest))
             yield Archived(digest, car.stat().st_size, self._archive.keep_per_repo)
@@ -159,11 +162,15 @@ class Archives(Worker):
         that none can come to be held before the entries go."""
         rows = self._db.multi_get(ARCHIVES, keys)
         loose = [key for key, row in zip(keys, rows, strict=True) if row is None]
-        removed = await asyncio.to_thread(self._remove, loose)
+        removed = await _in_thread(partial(self._remove, loose)) if loose else 0
         await self._writer.run(self.name, partial(settle, keys, frozenset(loose)))
         return removed
 
-    def _remove(self, keys: list[Key]) -> int:
+    def _sync(self, *, between: Callable[[], None]) -> None:
+        self._db.sync_wal()
+
+    def _remove(self, keys: list[Key], *, between: Callable[[], None]) -> int:
+        self._db.sync_wal()  # a power cut must not bring back a row whose file is gone
         return sum(self.blobs.remove(digest) for _, digest in keys)
 
 
@@ -209,7 +216,7 @@ class _Between:
             raise StoreError("the archive was given up: the daemon stops")
 
 
-async def _in_thread(work: partial[Digest]) -> Digest:
+async def _in_thread(work: Callable[..., T]) -> T:
     """Runs ``work`` with a ``between``. Cancelled, it ends with the thread, which is within a chunk."""
     between = _Between()
     task = asyncio.create_task(asyncio.to_thread(work, between=between))

@@ -15,6 +15,7 @@ from indexer.errors import StoreError
 from indexer.store.archives import Archived, Archives, check_archives, settle
 from indexer.store.check import check
 from indexer.store.codecs import AccountStatus, ArchiveRow
+from indexer.store.database import Database
 from indexer.store.keyspaces import ARCHIVE_QUEUE, ARCHIVES
 from tests.store.support import ALICE, BOB, Store, opened, settings_of
 
@@ -158,7 +159,7 @@ async def test_a_row_that_is_lost_between_plan_and_commit_keeps_its_entry(tmp_pa
         kept.assert_exact()
 
 
-@pytest.mark.parametrize("moment", ["named", "written", "held", "replaced", "wiped"])
+@pytest.mark.parametrize("moment", ["named", "written", "removed", "held", "replaced", "wiped"])
 async def test_killed_at_any_moment_no_file_is_forgotten(tmp_path: Path, moment: str) -> None:
     async with opened(tmp_path, clean=False) as store:
         kept = Kept(store, tmp_path)
@@ -166,7 +167,9 @@ async def test_killed_at_any_moment_no_file_is_forgotten(tmp_path: Path, moment:
         if moment == "named":
             await store.do(lambda tx: tx.queue_archive(ALICE, digest_of(b"car")))
         else:
-            await kept.keep(ALICE, REVS[1], b"car", hold=moment != "written")
+            await kept.keep(ALICE, REVS[1], b"car", hold=moment not in ("written", "removed"))
+        if moment == "removed":
+            kept.blobs.remove(digest_of(b"car"))
         if moment == "replaced":
             await kept.keep(ALICE, REVS[2], b"newer car")
         if moment == "wiped":
@@ -175,9 +178,39 @@ async def test_killed_at_any_moment_no_file_is_forgotten(tmp_path: Path, moment:
         kept = Kept(store, tmp_path)
         assert kept.files() <= kept.held() | kept.queued()
         await kept.archives.run_once()
-        left = {"named": b"old car", "written": b"old car", "held": b"car", "replaced": b"newer car"}
+        left = dict.fromkeys(("named", "written", "removed"), b"old car")
+        left |= {"held": b"car", "replaced": b"newer car"}
         assert [data for _, data in kept.of(ALICE)] == ([left[moment]] if moment in left else [])
         kept.assert_exact()
+
+
+async def test_a_power_cut_cannot_part_file_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file depends on is synced before it is written, and before it is removed."""
+    done: list[str] = []
+
+    class Noted(MemBlobStore):
+        def put_file(
+            self, source: Path, *, digest: bytes | None = None, between: Callable[[], None] | None = None
+        ) -> bytes:
+            done.append("written")
+            return super().put_file(source, digest=digest, between=between)
+
+        def remove(self, digest: bytes) -> bool:
+            done.append("removed")
+            return super().remove(digest)
+
+    async with opened(tmp_path, durability={"flush_interval": 3600}) as store:
+        kept = Kept(store, tmp_path)
+        kept.archives.blobs = Noted()
+
+        def synced(_db: Database) -> None:
+            done.append("synced with " + ("its name" if kept.queued() else "no name"))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Database, "sync_wal", synced)
+            await kept.keep(ALICE, REVS[0], b"car", hold=False)
+            await kept.archives.run_once()
+        assert done == ["synced with its name", "written", "synced with its name", "removed"]
 
 
 async def test_a_pass_takes_all_in_steps_of_any_size(tmp_path: Path) -> None:
