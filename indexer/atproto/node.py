@@ -117,13 +117,18 @@ def are_tree_keys(keys: Sequence[bytes]) -> bool:
         return True
     joined = b"\n".join(keys)
     return (
-        joined.translate(None, _KEY_CHARACTERS) == b"/\n" * (len(keys) - 1) + b"/"
+        slashes(joined) == b"/\n" * (len(keys) - 1) + b"/"
         and b"\n/" not in joined
         and b"/\n" not in joined
         and joined[0] != 47
         and joined[-1] != 47
         and (len(joined) <= MAX_KEY_BYTES or max(map(len, keys)) <= MAX_KEY_BYTES)
     )
+
+
+def slashes(joined: bytes) -> bytes:
+    """What is left of keys, joined with newlines, without the characters that their parts may have."""
+    return joined.translate(None, _KEY_CHARACTERS)
 
 
 def encode_node(keys: Sequence[bytes], values: Sequence[Cid], kids: Sequence[Cid | None]) -> bytes:

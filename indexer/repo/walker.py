@@ -9,8 +9,9 @@ I/O; runs in verifier processes.
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice, pairwise
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 from indexer.atproto.car import DEFAULT_LIMITS as CAR_LIMITS
 from indexer.atproto.car import Limits, read_header, read_varint, sections
-from indexer.atproto.cid import CID_LENGTH, DAG_CBOR_PREFIX, RAW_PREFIX, format_cid
+from indexer.atproto.cid import CID_LENGTH, DAG_CBOR_PREFIX, format_cid
 from indexer.atproto.commit import Commit, check_signature, decode_commit
 from indexer.atproto.mst import DEFAULT_LIMITS as TREE_LIMITS
 from indexer.atproto.mst import TreeLimits, check_path, root_layer
@@ -28,10 +29,10 @@ from indexer.atproto.node import (
     EMPTY_ROOT,
     Fields,
     Node,
-    are_tree_keys,
     check_layer,
     describe,
     shown,
+    slashes,
     split_node,
 )
 from indexer.atproto.syntax import MAX_RKEY
@@ -85,7 +86,24 @@ def index_repo(
     commit names is absent, which is what a cut archive looks like: worth another fetch.
     ``verify_hashes`` may be off where the blocks were hashed on arrival; else nothing here is proven.
     """
-    data = _sliceable(buffer)
+    # Nothing made here is garbage until the end; the collector would only search what is alive.
+    pause = gc.isenabled()
+    gc.disable()
+    try:
+        return _index(_sliceable(buffer), did, key, limits, tree_limits, verify_hashes)
+    finally:
+        if pause:
+            gc.enable()
+
+
+def _index(
+    data: bytes | mmap,
+    did: Did | None,
+    key: DidKey | None,
+    limits: Limits,
+    tree_limits: TreeLimits,
+    verify_hashes: bool,
+) -> RepoIndex:
     roots, start = read_header(data, limits)
     if not roots:
         raise CarError("CAR has no root")
@@ -115,7 +133,6 @@ def _split(data: bytes | mmap, at: int, limits: Limits, verify: bool) -> tuple[_
     """
     first, size = at, len(data)
     largest = limits.max_block + CID_LENGTH
-    prefix = DAG_CBOR_PREFIX
     digest = sha256
     spans: _Spans = {}
     blocks = 0
@@ -137,21 +154,29 @@ def _split(data: bytes | mmap, at: int, limits: Limits, verify: bool) -> tuple[_
                 break
         at = body - CID_LENGTH + length
         cid = data[body - CID_LENGTH : body]
-        if verify:
-            if prefix + digest(data[body:at]).digest() != cid and (
-                cid[:4] != RAW_PREFIX or digest(data[body:at]).digest() != cid[4:]
-            ):
-                break
-        elif cid[:4] != prefix and cid[:4] != RAW_PREFIX:
+        if verify and digest(data[body:at]).digest() != cid[4:]:
             break
         spans[cid] = (body, at)
         blocks += 1
     else:
-        if at == size and blocks <= limits.max_blocks:
+        if at == size and blocks <= limits.max_blocks and _are_cids(b"".join(spans)):
             return spans, blocks
     for _ in sections(data, first, limits, verify):
         pass
     raise CarError("CAR is malformed")
+
+
+def _are_cids(joined: bytes) -> bool:
+    """Whether the CIDs that were joined, of 36 bytes each, are of the two kinds that blocks may have."""
+    total = len(joined) // CID_LENGTH
+    codecs = joined[1::CID_LENGTH]
+    return (
+        len(joined) == total * CID_LENGTH
+        and joined[0::CID_LENGTH] == b"\x01" * total
+        and codecs.count(0x71) + codecs.count(0x55) == total
+        and joined[2::CID_LENGTH] == b"\x12" * total
+        and joined[3::CID_LENGTH] == b"\x20" * total
+    )
 
 
 def _records(
@@ -160,8 +185,12 @@ def _records(
     """Every record in key order. The rules of `mst.walk`, but checked for many keys at once."""
     if root == EMPTY_ROOT and root in spans:
         return []
-    keys, values = _walk(data, root, spans, max_nodes)
-    paths = check_keys(keys)
+    walk = _Walk(data, spans, max_nodes)
+    walk.run(root)
+    for layer, layer_keys in enumerate(walk.layers):
+        check_layer(layer_keys, layer)
+    values = walk.values
+    paths = check_keys(walk.keys)
     try:
         return [
             (path, value, start, end)
@@ -172,70 +201,102 @@ def _records(
         raise MissingBlock(f"record {path} ({format_cid(value)}) is missing", cid=value) from None
 
 
-def _walk(data: bytes | mmap, root: Cid, spans: _Spans, max_nodes: int) -> tuple[list[bytes], list[Cid]]:
-    """All keys and values in the order of the walk. Left to the caller: order, form, presence of records.
+class _Walk:
+    """All keys and values of a tree, in order. Left to the caller: form of keys, layers, presence of records.
 
-    No node is entered twice (that would repeat keys), so a hostile tree costs no more than its bytes.
+    A node's first key must come after every key before it, so no node with keys is entered twice, and chains
+    of nodes without keys end at layer 0: a hostile tree costs no more than its bytes times its layers.
     """
-    keys: list[bytes] = []
-    values: list[Cid] = []
-    seen: set[Cid] = set()
-    layers: list[list[bytes]] = []  # keys by the layer of the node that holds them
-    stack: list[tuple[Fields, int, int]] = []  # a node under way, its layer, the number of its next child
-    cid, layer = root, -1
-    while True:
-        span = spans.get(cid)
+
+    __slots__ = ("_data", "_max_nodes", "_nodes", "_spans", "keys", "layers", "values")
+
+    def __init__(self, data: bytes | mmap, spans: _Spans, max_nodes: int) -> None:
+        self._data = data
+        self._spans = spans
+        self._max_nodes = max_nodes
+        self._nodes = 0
+        self.keys: list[bytes] = []
+        self.values: list[Cid] = []
+        self.layers: list[list[bytes]] = []  # keys by the layer of the node that holds them
+
+    def run(self, root: Cid) -> None:
+        node = self._load(root)
+        layer = root_layer(root, Node(*node))
+        self.layers = [[] for _ in range(layer + 1)]
+        self.layers[layer] += node[0]
+        if layer == 0:
+            self.keys, self.values = node[0], node[1]
+            self._check_size()
+            return
+        keys, values = self.keys, self.values
+        stack: list[tuple[Fields, int, int]] = [(node, layer, 0)]  # node, its layer, number of the next child
+        while stack:
+            node, layer, index = stack.pop()
+            if layer == 1:
+                self._leaves(node)
+                continue
+            node_keys, node_values, kids = node
+            if index:  # back from the child before this entry
+                keys.append(node_keys[index - 1])
+                values.append(node_values[index - 1])
+            while index < len(node_keys) and kids[index] is None:
+                keys.append(node_keys[index])
+                values.append(node_values[index])
+                index += 1
+            kid = kids[index]
+            if kid is not None:
+                if index < len(node_keys):
+                    stack.append((node, layer, index + 1))
+                node = self._load(kid)
+                self.layers[layer - 1] += node[0]
+                stack.append((node, layer - 1, 0))
+
+    def _load(self, cid: Cid) -> Fields:
+        span = self._spans.get(cid)
         if span is None:
             raise MissingBlock(f"{describe(cid)} is missing", cid=cid)
-        if cid in seen:
-            raise MstError(f"{describe(cid)} is reached twice")
-        seen.add(cid)
-        node = split_node(data[span[0] : span[1]])
-        if layer < 0:
-            layer = root_layer(root, Node(*node))
-            layers = [[] for _ in range(layer + 1)]
-        node_keys, node_values, kids = node
-        layers[layer] += node_keys
-        if layer and kids.count(None) < len(kids):
-            stack.append((node, layer, 0))
-        elif node_keys and kids.count(None) == len(kids):
-            keys += node_keys
-            values += node_values
-        else:
-            raise MstError(f"{describe(cid)} is {'on layer 0 and has a child' if any(kids) else 'empty'}")
-        if len(seen) + len(keys) > max_nodes:
-            raise MstError(f"tree of more than {max_nodes} nodes and records", reason="tree_size")
-        step = _next(stack, keys, values)
-        if step is None:
-            break
-        cid, layer = step
-    for layer, layer_keys in enumerate(layers):
-        check_layer(layer_keys, layer)
-    return keys, values
+        node = split_node(self._data[span[0] : span[1]])
+        self._check(cid, node)
+        self._nodes += 1
+        self._check_size()
+        return node
 
+    def _check_size(self) -> None:
+        if self._nodes + len(self.keys) > self._max_nodes:
+            raise MstError(f"tree of more than {self._max_nodes} nodes and records", reason="tree_size")
 
-def _next(
-    stack: list[tuple[Fields, int, int]], keys: list[bytes], values: list[Cid]
-) -> tuple[Cid, int] | None:
-    """(CID, layer) of the next child to enter; entries before it are added to ``keys`` and ``values``."""
-    while stack:
-        node, layer, index = stack.pop()
+    def _check(self, cid: Cid, node: Fields) -> None:
+        if not node[0]:
+            if node[2][0] is None:
+                raise MstError(f"{describe(cid)} is empty")
+        elif self.keys and node[0][0] <= self.keys[-1]:
+            raise MstError(f"key {shown(node[0][0])} does not come after {shown(self.keys[-1])}")
+
+    def _leaves(self, node: Fields) -> None:
+        """A node of layer 1 with the leaves below it: most of every tree, and so the tightest loop."""
+        keys, values, spans, data = self.keys, self.values, self._spans, self._data
+        bottom = self.layers[0]
         node_keys, node_values, kids = node
-        count = len(node_keys)
-        if index:  # back from the child before this entry
-            keys.append(node_keys[index - 1])
-            values.append(node_values[index - 1])
-        kid = kids[index]
-        while kid is None and index < count:
-            keys.append(node_keys[index])
-            values.append(node_values[index])
-            index += 1
-            kid = kids[index]
-        if kid is not None:
-            if index < count:
-                stack.append((node, layer, index + 1))
-            return kid, layer - 1
-    return None
+        last = len(node_keys)
+        self._nodes += last + 1 - kids.count(None)
+        for index, kid in enumerate(kids):
+            if kid is not None:
+                span = spans.get(kid)
+                if span is None:
+                    raise MissingBlock(f"{describe(kid)} is missing", cid=kid)
+                leaf = split_node(data[span[0] : span[1]])
+                leaf_keys, leaf_values, below = leaf
+                if not leaf_keys or (keys and leaf_keys[0] <= keys[-1]):
+                    self._check(kid, leaf)
+                if below.count(None) != len(below):
+                    raise MstError(f"{describe(kid)} is on layer 0 and has a child")
+                bottom += leaf_keys
+                keys += leaf_keys
+                values += leaf_values
+            if index < last:
+                keys.append(node_keys[index])
+                values.append(node_values[index])
+        self._check_size()
 
 
 def check_keys(keys: Sequence[bytes]) -> list[Path]:
@@ -245,19 +306,24 @@ def check_keys(keys: Sequence[bytes]) -> list[Path]:
         raise MstError(f"key {shown(key)} does not come after {shown(last)}")
     joined = b"\n".join(keys)
     paths = joined.decode("ascii").split("\n")
-    # Keys are sorted: the keys of a collection lie together, and one look at each collection is enough.
+    if slashes(joined) != b"/\n" * (len(keys) - 1) + b"/":
+        for path in paths:
+            check_path(path, "")
+    # Keys are sorted, so those of a collection lie together: one look at its name is enough, and the record
+    # keys that are not allowed ("", ".", "..") have one place where they would be.
     first = 0
     while first < len(paths):
-        collection = paths[first].partition("/")[0]
-        check_path(paths[first], "")
-        first = bisect_left(paths, collection + "0", first)  # "0" is the character after "/"
-    odd: Iterable[Path] = paths
-    if are_tree_keys(keys) and not (
-        b"/.\n" in joined or b"/..\n" in joined or joined.endswith((b"/.", b"/.."))
-    ):
-        odd = [path for path in paths if len(path) > MAX_RKEY]
-    for path in odd:
-        check_path(path, "")
+        collection = check_path(paths[first], "")
+        behind = bisect_left(paths, collection + "0", first)  # "0" is the character after "/"
+        for rkey in (".", ".."):
+            place = bisect_left(paths, f"{collection}/{rkey}", first, behind)
+            if place < behind:
+                check_path(paths[place], collection)
+        first = behind
+    if max(map(len, keys)) > MAX_RKEY:
+        for path in paths:
+            if len(path) > MAX_RKEY:
+                check_path(path, "")
     return paths
 
 

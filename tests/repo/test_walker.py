@@ -248,7 +248,7 @@ EMPTY = mst.EMPTY_NODE
         ([LEAF, node([(HIGH, V, None)], cid_of(LEAF))], "of layer 0 is in a node of layer 1"),
         ([LEAF, node([(key_on(0, LOW), V, None)], cid_of(LEAF))], "on layer 0 and has a child"),
         ([LEAF, node([(MIDDLE, V, cid_of(LEAF))], None)], "does not come after"),
-        ([LEAF, node([(MIDDLE, V, cid_of(LEAF))], cid_of(LEAF))], "reached twice"),
+        ([LEAF, node([(MIDDLE, V, cid_of(LEAF))], cid_of(LEAF))], "does not come after"),
         ([node([("x/a", V, None)], None)], "begin with a collection"),
         ([node([("com.example.a/..", V, None)], None)], "end with a record key"),
         ([node([("com.example.a/.", V, None), ("com.example.b/a", V, None)], None)], "record key|layer"),
@@ -304,3 +304,11 @@ def test_damaged_trees_are_judged_alike_by_both_walks(seed: int, swaps: list[tup
 def test_garbage(data: bytes, headed: bool) -> None:
     with pytest.raises(BadInput):
         index_repo(car_header([V]) + data if headed else data)
+
+
+def test_a_damaged_block_at_the_very_end_that_nothing_needs() -> None:
+    _, blocks, root = made(5)
+    car = bytearray(archive(root, [*blocks, b"stranger"]))
+    car[-1] ^= 1
+    with pytest.raises(CarError, match="does not hash"):
+        index_repo(car)
