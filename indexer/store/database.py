@@ -10,7 +10,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import rocksdict
 
@@ -35,6 +35,11 @@ __all__ = ["FORMAT", "Database", "Reads", "Snapshot"]
 
 FORMAT: Final = 1  # of the bytes on disk; raised by a migration
 OLDEST_READER: Final = 1  # the oldest program format that may read what we write
+
+
+class FormatVersion(NamedTuple):
+    written: int
+    oldest_reader: int  # the oldest program format that may read it
 
 
 class Database(Reads):
@@ -75,8 +80,21 @@ class Database(Reads):
             raise
         return database
 
+    @classmethod
+    def open_unchecked(cls, path: FilePath, *, memory_mib: int = 64) -> Database:
+        """Open the database in folder ``path`` whatever its mode, and its format unless that is newer;
+        for migrations and restores, which work on raw rows."""
+        shared = rocks.budget(memory_mib)
+        database = cls(path, Mode(), _open_rocks(path, shared, create=False, read_only=False), shared)
+        try:
+            format_version(database)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
     def _check_format(self, mode: Mode | None, read_only: bool) -> None:
-        version = self.get(CURSORS, "format")
+        version = format_version(self)
         if version is None:
             if next(self.raw_scan(REPOS.name, None, None), None) or next(
                 self.raw_scan("events", None, None), None
@@ -87,12 +105,10 @@ class Database(Reads):
             if not read_only:
                 self._found()
             return
-        if not (isinstance(version, list) and len(version) == 2 and all(isinstance(n, int) for n in version)):
-            raise StoreCorrupt(f"{self.path}: malformed format version {version!r} (cursors: format)")
-        if version[1] > FORMAT:
+        if version.written < FORMAT:
             raise StoreVersion(
-                f"{self.path}: the database has format {version[0]} and this program reads up to {FORMAT}; "
-                "use a newer program"
+                f"{self.path}: the database has format {version.written}, this program needs {FORMAT}; "
+                "make a backup, then run `indexer db migrate`"
             )
         self._check_mode(mode)
 
@@ -175,6 +191,14 @@ class Database(Reads):
             "limit_bytes": self._shared.memory_bytes,
         }
 
+    def checkpoint(self, target: FilePath) -> None:
+        """A consistent copy in the new folder ``target``, on the same file system: its files are hard
+        links. Blocking. What was flushed before need not be flushed in here, where the GIL is held."""
+        with rocks.translated(f"making a checkpoint in {target}"):
+            for family in self._families.values():
+                family.flush(True)
+            rocksdict.Checkpoint(self._rocks).create_checkpoint(str(target))
+
     def compact(
         self, keyspace: Keyspace[Any, Any], start: bytes | None = None, stop: bytes | None = None
     ) -> None:
@@ -213,6 +237,22 @@ class Database(Reads):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def format_version(db: Database) -> FormatVersion | None:
+    """The version that the database carries, None when it carries none. Raises `StoreVersion` when it is
+    newer than this program can read, `StoreCorrupt` when it makes no sense."""
+    version = db.get(CURSORS, "format")
+    if version is None:
+        return None
+    if not (isinstance(version, list) and len(version) == 2 and all(isinstance(n, int) for n in version)):
+        raise StoreCorrupt(f"{db.path}: malformed format version {version!r} (cursors: format)")
+    if version[1] > FORMAT:
+        raise StoreVersion(
+            f"{db.path}: the database has format {version[0]} and this program reads up to {FORMAT}; "
+            "use a newer program"
+        )
+    return FormatVersion(*version)
 
 
 def _open_rocks(path: FilePath, shared: rocks.Budget, create: bool, read_only: bool) -> Any:
