@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import rocksdict
 
@@ -25,11 +25,11 @@ from indexer.store.database import Database
 from indexer.store.group import Limits, Savepoint
 from indexer.store.state import State
 from indexer.store.transaction import Transaction
+from indexer.store.units import Rescue, Step, Unit, WriterStats
+
+__all__ = ["Rescue", "Step", "Writer", "WriterStats", "clock_us", "limits_of"]
 
 T = TypeVar("T")
-Step = Callable[[Transaction], None]
-Rescue = Callable[[int, Exception], Step]
-
 _STALL_WAIT_S: Final = (0.005, 0.2)  # first and longest wait while RocksDB asks for patience
 
 
@@ -47,43 +47,6 @@ def limits_of(settings: Settings) -> Limits:
         store.quarantine_entry_kib * 1024,
         settings.gc.wipe_point_rows,
     )
-
-
-class WriterStats(NamedTuple):
-    groups: int
-    units: int
-    stalls: int
-    syncs: int
-    waiting: int  # units in the queue
-    commit_s: float  # time spent writing batches
-    names: dict[str, int]  # units by name
-
-
-class _Unit(Generic[T]):
-    """A function, or ordered steps, with one future for all."""
-
-    __slots__ = ("admitted", "future", "index", "name", "rescue", "result", "steps")
-
-    def __init__(
-        self,
-        name: str,
-        steps: Sequence[Callable[[Transaction], Any]],
-        rescue: Rescue | None,
-        future: asyncio.Future[T],
-    ) -> None:
-        self.name = name
-        self.steps = steps
-        self.rescue = rescue
-        self.future = future
-        self.admitted: asyncio.Future[None] | None = None
-        self.index = 0
-        self.result: Any = None
-
-    def fail(self, error: BaseException) -> None:
-        for future in (self.future, self.admitted):
-            if future is not None and not future.done():
-                future.set_exception(error)
-                future.exception()  # a caller that is gone leaves no warning
 
 
 class Writer:
@@ -107,8 +70,8 @@ class Writer:
         self._group_s = settings.writer.group_ms / 1000
         self._flush_interval = settings.durability.flush_interval
         self._crash_point = crash_point
-        self._queue: deque[_Unit[Any]] = deque()
-        self._waiting: deque[_Unit[Any]] = deque()  # not admitted yet, in order
+        self._queue: deque[Unit[Any]] = deque()
+        self._waiting: deque[Unit[Any]] = deque()  # not admitted yet, in order
         self._queued = 0  # steps in the queue
         self._wake = asyncio.Event()
         self._head_moved: asyncio.Future[None] | None = None
@@ -199,7 +162,7 @@ class Writer:
         self, name: str, steps: Sequence[Callable[[Transaction], Any]], rescue: Rescue | None
     ) -> asyncio.Future[Any]:
         self._check()
-        unit: _Unit[Any] = _Unit(name, steps, rescue, asyncio.get_running_loop().create_future())
+        unit: Unit[Any] = Unit(name, steps, rescue, asyncio.get_running_loop().create_future())
         if not self._waiting and (not self._queue or self._queued + len(steps) <= self._settings.queue_units):
             self._admit(unit)
         else:
@@ -212,7 +175,7 @@ class Writer:
                 raise
         return unit.future
 
-    def _admit(self, unit: _Unit[Any]) -> None:
+    def _admit(self, unit: Unit[Any]) -> None:
         self._queue.append(unit)
         self._queued += len(unit.steps)
         self._wake.set()
@@ -285,7 +248,7 @@ class Writer:
     # ---- the task
 
     async def _run(self) -> None:
-        done: list[_Unit[Any]] = []
+        done: list[Unit[Any]] = []
         try:
             while self._poison is None:
                 if not self._queue:
@@ -305,7 +268,7 @@ class Writer:
             if isinstance(error, (KeyboardInterrupt, SystemExit, asyncio.CancelledError)):
                 raise
 
-    def _fill(self, done: list[_Unit[Any]]) -> None:
+    def _fill(self, done: list[Unit[Any]]) -> None:
         """Run units on the group until it is full or the queue is empty; ``done`` gets the finished."""
         tx, queue = self._tx, self._queue
         max_ops, max_bytes = self._settings.group_ops, self._group_bytes
@@ -324,7 +287,7 @@ class Writer:
             if tx.ops >= max_ops or tx.size >= max_bytes or time.monotonic() > deadline:
                 return
 
-    def _advance(self, unit: _Unit[Any], max_ops: int, max_bytes: int, deadline: float) -> bool:
+    def _advance(self, unit: Unit[Any], max_ops: int, max_bytes: int, deadline: float) -> bool:
         """Run a unit's steps; true when none is left, false when the group is full first."""
         tx, steps, monotonic = self._tx, unit.steps, time.monotonic
         for index in range(unit.index, len(steps)):
@@ -340,7 +303,7 @@ class Writer:
                 return unit.index == len(steps)
         return True
 
-    def _rescue(self, unit: _Unit[Any], index: int, error: Exception, point: Savepoint) -> bool:
+    def _rescue(self, unit: Unit[Any], index: int, error: Exception, point: Savepoint) -> bool:
         """Put the rescue in a failed step's place; false when the unit has failed for its caller."""
         if unit.rescue is None or isinstance(error, StoreError):
             unit.fail(error)
@@ -353,7 +316,7 @@ class Writer:
             return False
         return True
 
-    async def _commit(self, done: list[_Unit[Any]]) -> None:
+    async def _commit(self, done: list[Unit[Any]]) -> None:
         tx = self._tx
         if not tx.pending:
             tx.clear()
@@ -370,7 +333,7 @@ class Writer:
             self._head = self.state.next_id
             self._wake_readers()
 
-    def _crash_points(self, moment: str, done: list[_Unit[Any]]) -> None:
+    def _crash_points(self, moment: str, done: list[Unit[Any]]) -> None:
         if self._crash_point is not None:
             for unit in done:
                 self._crash_point(f"{moment} {unit.name}")
@@ -395,7 +358,7 @@ class Writer:
             self._dirty = True
             return
 
-    def _release(self, done: list[_Unit[Any]]) -> None:
+    def _release(self, done: list[Unit[Any]]) -> None:
         for unit in done:
             if not unit.future.done():
                 unit.future.set_result(unit.result)
@@ -405,7 +368,7 @@ class Writer:
         if moved is not None and not moved.done():
             moved.set_result(None)
 
-    def _poisoned_by(self, error: BaseException, done: list[_Unit[Any]]) -> None:
+    def _poisoned_by(self, error: BaseException, done: list[Unit[Any]]) -> None:
         if self._poison is None:
             self._poison = error
         closed = WriterPoisoned(f"the writer is closed for good: {error}")
