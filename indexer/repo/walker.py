@@ -6,8 +6,8 @@ never taken for a smaller repository. Works on offsets into one buffer (bytes or
 sliced when it is asked for. Any order of blocks, duplicates and blocks that nothing links to are fine. No
 I/O; runs in verifier processes.
 
-Where the time goes (big24k.car, 7.4 MiB, 23,699 records): nodes 35 %, sections 20 %, block hashes 15 %, the list
-of records 15 %, key layers 10 %; hence tuples, local names and checks of many keys or CIDs at once.
+Where the time goes (big24k.car, 7.4 MiB, 23,699 records): nodes 35 %, sections 20 %, block hashes 15 %, the
+list of records 15 %, key layers 10 %; hence tuples, local names and checks of many keys or CIDs at once.
 """
 
 from __future__ import annotations
