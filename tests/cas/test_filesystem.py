@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import subprocess
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -210,10 +211,10 @@ def test_the_content_of_another_blob_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_stream_never_gives_out_its_end(tmp_path: Path) -> None:
     blobs = store(tmp_path)
-    data = b"\xff\xd8\xff" + os.urandom(3 * CHUNK)
+    data = CONTENTS["jpeg"].ljust(3 * CHUNK, b".")  # whole chunks: no short read hides the end
     digest = blobs.put(data)
     path = path_of(blobs, digest)
-    path.write_bytes(data[:100] + b"?" + data[101:])
+    path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
     given: list[bytes] = []
     with blobs.open_read(digest) as stream, pytest.raises(BlobCorrupt):
         given.extend(iter(lambda: stream.read(CHUNK), b""))
@@ -244,6 +245,35 @@ def test_concurrent_writers_in_threads_keep_one_whole_file_each(tmp_path: Path) 
     assert [blobs.get(digest) for digest in digests] == contents
     assert len(list(blobs.files())) == 10
     assert temporary(tmp_path) == []
+
+
+def test_two_writers_of_the_same_content_at_once_do_not_meet(tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    def at(point: str) -> None:
+        if point == "before rename":
+            both.wait()
+            assert len(temporary(tmp_path)) in (1, 2)  # the other one may have renamed its own already
+
+    with ThreadPoolExecutor(2) as threads:
+        blobs = FsBlobStore(tmp_path / "cas", crash_point=at)
+        assert list(threads.map(blobs.put, [TEXT, TEXT])) == [DIGEST, DIGEST]
+    assert blobs.get(DIGEST) == TEXT
+    assert temporary(tmp_path) == []
+
+
+def test_a_file_takes_its_place_by_a_rename(tmp_path: Path) -> None:
+    """The very file that was synced, not a copy that may be half there."""
+    inodes: list[int] = []
+
+    def at(point: str) -> None:
+        [name] = [name for name in tree(tmp_path) if DIGEST.hex() in name]
+        assert name.endswith(".tmp" if point == "before rename" else ".zst")
+        inodes.append((tmp_path / name).stat().st_ino)
+
+    FsBlobStore(tmp_path / "cas", crash_point=at).put(TEXT)
+    assert len(inodes) == 2
+    assert inodes[0] == inodes[1]
 
 
 WRITER = """
