@@ -87,11 +87,22 @@ def test_the_build_copies_what_the_package_is_made_of() -> None:
     for source in copied:
         assert (ROOT / source).exists(), source
         assert not _ignored(source), f"{source} does not reach the builder"
+    setuptools = PROJECT["tool"]["setuptools"]
+    elsewhere: dict[str, str] = setuptools.get("package-dir", {})
+    folders = {elsewhere.get(package, package.partition(".")[0]) for package in setuptools["packages"]}
     needed = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
-    packages = {
-        pattern.rstrip("*") for pattern in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert needed | folders <= set(copied)
+
+
+def test_every_package_is_installed() -> None:
+    setuptools = PROJECT["tool"]["setuptools"]
+    elsewhere: dict[str, str] = setuptools.get("package-dir", {})
+    found = {
+        str(file.parent.relative_to(ROOT)).replace("/", ".")
+        for file in (ROOT / "indexer").rglob("__init__.py")
     }
-    assert needed | packages <= set(copied)
+    assert set(setuptools["packages"]) == found | set(elsewhere)
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in elsewhere.values())
 
 
 @pytest.mark.parametrize("path", [".git", ".venv", "data", "tests", "bench", "x.car", ".env"])
