@@ -46,6 +46,9 @@ from indexer.store.keyspaces import (
 from indexer.store.reads import Reads
 
 Mine: TypeAlias = Callable[[Did], bool]
+#: Called now and then with the rows read so far and about how many there are.
+Progress: TypeAlias = Callable[[int, int], None]
+_PROGRESS_ROWS: Final = 5000
 _PARTITION_ROWS: Final = 1_000_000
 _MAX_PROBLEMS: Final = 1000
 
@@ -62,7 +65,33 @@ class Report(NamedTuple):
         return not self.problems
 
 
-class _Check:
+class _Told(Reads):
+    """Reads that tell how far they are."""
+
+    __slots__ = ("_done", "_progress", "_reads", "_total")
+
+    def __init__(self, reads: Reads, total: int, progress: Progress) -> None:
+        self._reads = reads
+        self._total = total
+        self._progress = progress
+        self._done = 0
+
+    def raw_get(self, name: str, key: bytes) -> bytes | None:
+        return self._reads.raw_get(name, key)
+
+    def raw_scan(
+        self, name: str, start: bytes | None, stop: bytes | None, reverse: bool = False
+    ) -> Iterator[tuple[bytes, bytes]]:
+        for row in self._reads.raw_scan(name, start, stop, reverse):
+            self._done += 1
+            if self._done % _PROGRESS_ROWS == 0:
+                self._progress(self._done, self._total)
+            yield row
+
+
+class Recount:
+    """One walk over everything; what differs is told by `problem`, `wrong_count` and `wrong_total`."""
+
     def __init__(self, reads: Reads, mode: Mode, did: Did | None) -> None:
         self.reads = reads
         self.mode = mode
@@ -72,6 +101,7 @@ class _Check:
         self.epochs: dict[Did, int] = {}  # of repositories that were ever wiped
         self.totals: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
+        self.undecodable = 0  # events
 
     def problem(self, text: str) -> None:
         if len(self.problems) < _MAX_PROBLEMS:
@@ -144,6 +174,7 @@ class _Check:
             try:
                 yield decode_event(event_id, raw)
             except Exception as error:
+                self.undecodable += 1
                 self.problem(f"events: row {event_id} does not decode: {error}")
 
     def _current(self, event: Event) -> bool:
@@ -198,13 +229,15 @@ class _Check:
         counted = self._counted(mine)
         for did, cid in sorted(wanted.keys() | counted.keys()):
             if wanted[did, cid] != counted[did, cid]:
-                self.problem(
-                    f"references: block {cid.hex()} of {did} is counted {counted[did, cid]} times, "
-                    f"referred to {wanted[did, cid]} times"
-                )
+                self.wrong_count(did, cid, counted[did, cid], wanted[did, cid])
         for did, cid in wanted:
             self._block(did, cid)
         self._unreferenced(mine, wanted)
+
+    def wrong_count(self, did: Did, cid: Cid, counted: int, referred: int) -> None:
+        self.problem(
+            f"references: block {cid.hex()} of {did} is counted {counted} times, referred to {referred} times"
+        )
 
     def _counted(self, mine: Mine) -> Counter[tuple[Did, Cid]]:
         counted: Counter[tuple[Did, Cid]] = Counter()
@@ -250,18 +283,31 @@ class _Check:
             if self.did is not None and self.did not in name:
                 continue
             if stored.get(name, 0) != self.totals[name]:
-                self.problem(f"counts: {name} says {stored.get(name, 0)}, a recount {self.totals[name]}")
+                self.wrong_total(name, stored.get(name, 0), self.totals[name])
+
+    def wrong_total(self, name: str, stored: int, recounted: int) -> None:
+        self.problem(f"counts: {name} says {stored}, a recount {recounted}")
 
 
-def check(db: Database, did: Did | None = None) -> Report:
+def rows_to_read(db: Database) -> int:
+    """About how many rows a check of everything reads."""
+    rows = {name: figures["rows"] for name, figures in db.stats().items()}
+    demanding = rows["events"] + rows["records"]
+    parts = 1 + demanding // _PARTITION_ROWS
+    once = sum(rows[name] for name in ("repos", "pending", "resync_buffer", "archives", "counts"))
+    return once + demanding * (1 + parts) + (rows["block_refs"] + rows["reflog"] + rows["blocks"]) * parts
+
+
+def check(db: Database, did: Did | None = None, *, progress: Progress | None = None) -> Report:
     """Verify every guarantee, of one repository when ``did`` is given. Call it on the writer's loop."""
     with db.snapshot() as snapshot:
-        return check_reads(snapshot, db.mode, did)
+        reads = snapshot if progress is None else _Told(snapshot, rows_to_read(db), progress)
+        return check_reads(reads, db.mode, did)
 
 
 def check_reads(reads: Reads, mode: Mode, did: Did | None = None) -> Report:
     """As `check`, of a snapshot that was taken on the writer's loop; any thread."""
-    inspection = _Check(reads, mode, did)
+    inspection = Recount(reads, mode, did)
     try:
         return inspection.run()
     except StoreCorrupt as error:

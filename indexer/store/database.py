@@ -184,6 +184,17 @@ class Database(Reads):
             "pending_compaction_bytes": value("estimate-pending-compaction-bytes"),
         }
 
+    def compression(self) -> dict[str, dict[str, int]]:
+        """Per keyspace: bytes of keys and values in the files before compression, and after. Reads the
+        properties of every file: for people who ask, not for gauges."""
+        return {name: self._family_compression(name) for name in KEYSPACES}
+
+    def _family_compression(self, name: str) -> dict[str, int]:
+        text = self._families[name].property_value("rocksdb.aggregated-table-properties") or ""
+        found = dict(part.strip().split("=", 1) for part in text.split(";") if "=" in part)
+        keys, values = int(found.get("raw key size", 0)), int(found.get("raw value size", 0))
+        return {"raw_bytes": keys + values, "data_bytes": int(found.get("data block size", 0))}
+
     def memory(self) -> dict[str, int]:
         return {
             "cache_bytes": self._shared.cache.get_usage(),

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from indexer.store.codecs import INVALID, OVERSIZE, AccountStatus, pack
+from indexer.store.transaction import Transaction
 from tests.migrations.rows import dump, save
 from tests.store.support import ALICE, BOB, LIKE, POST, SYNCED, Clock, Store, opened
 
@@ -21,7 +23,7 @@ _NEW = {"block_refs", "reflog", "gc_queue"}
 
 async def fill(store: Store, clock: Clock) -> None:
     for did in (ALICE, BOB, CAROL):
-        await store.do(lambda tx, did=did: tx.set_repo(did, SYNCED))
+        await store.do(partial(Transaction.set_repo, did=did, row=SYNCED))
     await store.put(ALICE, POST, "pruned")
     await store.retention.run_once()  # the watermark
     clock.forward(120)

@@ -1,4 +1,4 @@
-"""`indexer.migrations` is there from a plain checkout, an editable install and a wheel, by one declaration."""
+"""`indexer.migrations` is there from a plain checkout, an editable install and a wheel."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tests.store.support import ALICE, BOB, LIKE, POST, block_of, cid_of, opened
 STEP = importlib.import_module("indexer.migrations.s0001_references")
 
 
-@pytest.fixture()
+@pytest.fixture
 def old(tmp_path: Path) -> Path:
     load(0, tmp_path / "db")
     return tmp_path / "db"
@@ -114,12 +114,12 @@ def _killed(folder: Path, point: str, passes: int) -> int:
 def test_killed_it_goes_on_where_it_was(old: Path, point: str, passes: int) -> None:
     assert _killed(old, point, passes) == -signal.SIGKILL
     with Database.open_unchecked(old) as db:
-        assert db.get(CURSORS, UNDER_WAY) is not None
-        done = db.get(CURSORS, UNDER_WAY)[2]
+        position = db.get(CURSORS, UNDER_WAY)
+    assert position is not None
     with pytest.raises(StoreVersion):
         Database.open(old)
     resumed = migrate(old)
-    assert resumed.handled + done == _whole(old)
+    assert resumed.handled + position[2] == _whole(old)
     with Database.open(old) as db:
         assert check(db).problems == []
         assert db.get(CURSORS, UNDER_WAY) is None
