@@ -122,6 +122,31 @@ async def test_a_new_life_may_begin_in_the_very_same_function(tmp_path: Path, po
         ]
 
 
+@pytest.mark.parametrize("point_rows", [0, 1000])
+async def test_the_wiping_function_itself_sees_nothing_of_the_old_life(
+    tmp_path: Path, point_rows: int
+) -> None:
+    async with opened(tmp_path, gc={"wipe_point_rows": point_rows}) as store:
+        cid = await store.put(ALICE, POST, "one")
+
+        def wipe(tx: Transaction) -> None:
+            tx.wipe_repo(ALICE, DELETED)
+            assert tx.records(ALICE) == []
+            assert tx.record(ALICE, POST) is None
+            assert tx.block(ALICE, cid) is None
+            assert tx.block_count(ALICE, cid) == 0
+            assert tx.did_counts(ALICE) == {}
+            put_step(ALICE, LIKE, "two")(tx)
+            assert [path for path, _ in tx.records(ALICE)] == [LIKE]
+            tx.wipe_repo(ALICE, DELETED)
+            assert tx.records(ALICE) == []
+
+        await store.writer.run("wipe", wipe)
+        assert store.db.records(ALICE) == []
+        assert [event.epoch for event in store.events()] == [2]
+        store.assert_clean()
+
+
 async def test_the_sweep_removes_the_events_of_the_old_life_only(tmp_path: Path) -> None:
     async with opened(tmp_path, gc={"step_rows": 1}) as store:
         for number in range(5):
