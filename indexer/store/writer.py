@@ -214,11 +214,6 @@ class Writer:
     def poisoned(self) -> bool:
         return self._poison is not None
 
-    @property
-    def poison(self) -> BaseException | None:
-        """Why nothing is written any more."""
-        return self._poison
-
     async def wait_head(self, beyond: EventId) -> EventId:
         """Wait until the head is above ``beyond``; raises `WriterPoisoned` when it cannot move any more."""
         while self._head <= beyond:
