@@ -165,7 +165,9 @@ class GcSettings(Section):
     ttl_interval: Duration = Field(60.0, description="time between watermarks and prunes")
     blocks_interval: Duration = Field(60.0, description="time between block collections")
     step_rows: int = Field(2000, ge=1, description="rows handled in one step of a worker")
-    wipe_point_rows: int = Field(20_000, ge=0, description="rows of a repository above which a wipe deletes by range")
+    wipe_point_rows: int = Field(
+        20_000, ge=0, description="rows of a repository above which a wipe deletes by range"
+    )
     compact_after: int = Field(
         100_000, ge=1, description="reclaimed blocks that ask for a compaction of their range"
     )
@@ -228,6 +230,12 @@ class ArchiveSettings(Section):
         3, ge=1, le=22, description="zstd level of archived CARs; 19 saves a fifth and takes 200 times longer"
     )
     keep_per_repo: int = Field(1, ge=1, description="archived CARs kept of one repository, the newest ones")
+
+
+class AuditSettings(Section):
+    repos_per_minute: float = Field(
+        4.0, ge=0, le=6000, description="repositories a minute held against their signed commit; 0 is off"
+    )
 
 
 class XrpcSettings(Section):
@@ -302,6 +310,7 @@ class Settings(BaseSettings):
     ingest: IngestSettings = IngestSettings()
     backfill: BackfillSettings = BackfillSettings()
     archive: ArchiveSettings = ArchiveSettings()
+    audit: AuditSettings = AuditSettings()
     xrpc: XrpcSettings = XrpcSettings()
     stream: StreamSettings = StreamSettings()
     log: LogSettings = LogSettings()

@@ -25,6 +25,7 @@ from indexer.errors import IndexerError
 from indexer.identity.http import HttpClient
 from indexer.identity.resolver import Resolver
 from indexer.ingest import Ingest
+from indexer.ingest.audit import Auditor
 from indexer.ingest.filters import Filters
 from indexer.pool import Pool
 from indexer.serve.management import ManagementServer
@@ -82,6 +83,7 @@ class Daemon:
         self._open_store()
         await self.writer.start()
         self._stack.push_async_callback(self.writer.stop)
+        self._spawn("writer", self._until_writer_closes)
         verifiers, workers = Pool(settings.verifiers), Pool(settings.backfill.processes)
         self._stack.push_async_callback(verifiers.stop)
         self._stack.push_async_callback(workers.stop)
@@ -95,12 +97,14 @@ class Daemon:
             self.db, self.writer, workers, resolver, http, settings,
             drain=self.ingest.drain, archives=archives,
         )  # fmt: skip
-        store_workers: dict[str, CheckpointWorker | BlocksGcWorker | RetentionWorker | Archives] = {
+        store_workers: dict[str, CheckpointWorker | BlocksGcWorker | RetentionWorker | Archives | Auditor] = {
             "checkpoint": CheckpointWorker(self.db, self.writer, settings.gc),
             "blocks_gc": BlocksGcWorker(self.db, self.writer, settings.gc),
             "retention": RetentionWorker(self.db, self.writer, settings),
             "archives": archives,
         }
+        if settings.audit.repos_per_minute and not settings.ephemeral.enabled:
+            store_workers["audit"] = Auditor(self.db, self.writer, workers, settings)
         self.services = Services(
             self.db, self.writer, EventLog(self.db, self.writer), resolver, workers, filters, settings,
             self.ingest, self.backfill, store_workers, archives,
@@ -117,6 +121,12 @@ class Daemon:
         self.db = Database.open(settings.data_dir / "db", memory_mib=settings.memory_mib, mode=mode)
         self._stack.callback(self.db.close)
         self.writer = Writer(self.db, settings)
+
+    async def _until_writer_closes(self) -> None:
+        """Ends with the error of a commit that failed: nothing more can be kept."""
+        error = await self.writer.wait_closed()
+        if error is not None:
+            raise error
 
     async def _open_archives(self) -> Archives:
         level = self.settings.archive.zstd_level

@@ -25,6 +25,7 @@ from indexer.serve.management_archive import ARCHIVE, ArchiveRoutes
 from indexer.serve.management_db import DatabaseRoutes
 from indexer.serve.management_filter import FilterRoutes
 from indexer.serve.management_repos import RepoRoutes
+from indexer.serve.management_verify import VERIFY, VerifyRoutes
 from indexer.serve.metrics import CONTENT_TYPE, Metrics
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 #: Largest request body: some 100,000 DIDs.
 _MAX_BODY = 8 << 20
 #: Answers that take as long as they need.
-_UNBOUNDED = frozenset({"/repos", "/repos/resync", "/filter", "/db/checkpoint", "/db/compact", ARCHIVE})
+_UNBOUNDED = frozenset(
+    {"/repos", "/repos/resync", "/filter", "/db/checkpoint", "/db/compact", "/db/backup", ARCHIVE, VERIFY}
+)
 
 
 class ManagementServer:
@@ -97,6 +100,7 @@ class ManagementServer:
         app.router.add_get("/metrics", self._exposition)
         RepoRoutes(self.services).add_to(app)
         ArchiveRoutes(self.services).add_to(app)
+        VerifyRoutes(self.services).add_to(app)
         FilterRoutes(self.services).add_to(app)
         DatabaseRoutes(self.services).add_to(app)
         return app

@@ -1,16 +1,23 @@
-"""`/db` of the management API: run a worker now, compact, look at the store's figures."""
+"""`/db` of the management API: figures of the store, a worker's pass now, compaction, backups.
+
+What takes long runs in a thread, one at a time; ingest and queries go on beside it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import orjson
 from aiohttp import web
 
-from indexer.errors import RequestError
+from indexer.errors import RequestError, StoreError
 from indexer.serve import health
 from indexer.serve.http_errors import json_response
-from indexer.store.keyspaces import KEYSPACES
+from indexer.store.backup import backup
+from indexer.store.upkeep import compact_all, describe
 
 if TYPE_CHECKING:
     from indexer.serve.services import Services
@@ -22,19 +29,21 @@ class DatabaseRoutes:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._compacting = asyncio.Lock()
+        self._backing_up = asyncio.Lock()
 
     def add_to(self, app: web.Application) -> None:
         app.router.add_get("/db/stats", self.stats)
         app.router.add_post("/db/checkpoint", self.checkpoint)
         app.router.add_post("/db/compact", self.compact)
+        app.router.add_post("/db/backup", self.backup)
 
     async def stats(self, _request: web.Request) -> web.StreamResponse:
         """The store by keyspace, and its workers."""
-        services = self._services
-        return json_response({**health.store(services), "workers": health.workers(services)})
+        described = await asyncio.to_thread(describe, self._services.db)
+        return json_response({**described, "workers": health.workers(self._services)})
 
     async def checkpoint(self, _request: web.Request) -> web.StreamResponse:
-        """Folds the reference log now."""
+        """Folds the reference log now, instead of at the next interval."""
         worker = self._services.workers.get("checkpoint")
         if worker is None:
             raise RequestError("the checkpoint worker does not run", status=503, name="NotReady")
@@ -47,6 +56,29 @@ class DatabaseRoutes:
             raise RequestError("a compaction runs already", status=409, name="Busy")
         async with self._compacting:
             before = health.store(self._services)["totals"]
-            for keyspace in KEYSPACES.values():
-                await asyncio.to_thread(self._services.db.compact, keyspace)
+            await asyncio.to_thread(compact_all, self._services.db)
             return json_response({"before": before, "after": health.store(self._services)["totals"]})
+
+    async def backup(self, request: web.Request) -> web.StreamResponse:
+        """Backs up into the new folder ``to`` of this machine: ``{"to": "/path"}``."""
+        target = _target(await request.read())
+        if self._backing_up.locked():
+            raise RequestError("a backup runs already", status=409, name="Busy")
+        async with self._backing_up, AsyncExitStack() as stack:
+            if self._services.archives is not None:  # no archived file goes away meanwhile
+                await stack.enter_async_context(self._services.archives.still())
+            try:
+                made = await asyncio.to_thread(backup, self._services.db, target)
+            except StoreError as error:
+                raise RequestError(str(error), status=409, name="BackupFailed") from error
+        return json_response(made._asdict())
+
+
+def _target(body: bytes) -> Path:
+    try:
+        to = orjson.loads(body)["to"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError('the body must be {"to": "/path/of/a/new/folder"}') from error
+    if not isinstance(to, str) or not Path(to).is_absolute():
+        raise RequestError("to: an absolute path is wanted")
+    return Path(to)

@@ -67,7 +67,7 @@ class Services:
     settings: Settings
     ingest: IngestLike | None = None
     backfill: BackfillLike | None = None
-    #: "checkpoint", "blocks_gc", "retention", "archives"
+    #: "checkpoint", "blocks_gc", "retention", "archives", "audit"
     workers: Mapping[str, WorkerLike] = field(default_factory=dict)
     archives: Archives | None = None
 

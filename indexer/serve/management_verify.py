@@ -1,0 +1,45 @@
+"""`/repos/{did}/verify` of the management API: a repository's tree rebuilt and compared with its commit."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from aiohttp import web
+
+from indexer.atproto.syntax import check_did
+from indexer.errors import RequestError, SyntaxInvalid
+from indexer.ingest.audit import audit
+from indexer.serve.http_errors import json_response
+from indexer.serve.xrpc import access
+
+if TYPE_CHECKING:
+    from indexer.serve.services import Services
+
+VERIFY: Final = "/repos/{did}/verify"
+_AT_ONCE: Final = 2
+
+
+class VerifyRoutes:
+    """The handler of `/repos/{did}/verify`."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+
+    def add_to(self, app: web.Application) -> None:
+        app.router.add_post(VERIFY, self.verify)
+
+    async def verify(self, request: web.Request) -> web.StreamResponse:
+        """What the audit finds; a mismatch is an answer, not an error."""
+        services = self._services
+        access.require_records(services)
+        try:
+            did = check_did(request.match_info["did"])
+        except SyntaxInvalid as error:
+            raise RequestError(f"did: {error}") from error
+        async with self._slots:
+            found = await audit(
+                services.db, services.pool, did, max_records=services.settings.xrpc.rebuild_max_records
+            )
+        return json_response(found._asdict())
