@@ -159,18 +159,14 @@ class EventsSettings(Section):
 
 class GcSettings(Section):
     checkpoint_interval: Duration = Field(300.0, description="time between folds of the reference log")
-    checkpoint_rows: int = Field(
-        100_000, ge=1, description="unfolded reference changes that bring the fold forward"
-    )
+    checkpoint_rows: int = Field(100_000, ge=1, description="unfolded changes that bring the fold forward")
     ttl_interval: Duration = Field(60.0, description="time between watermarks and prunes")
     blocks_interval: Duration = Field(60.0, description="time between block collections")
     step_rows: int = Field(2000, ge=1, description="rows handled in one step of a worker")
     wipe_point_rows: int = Field(
-        20_000, ge=0, description="rows of a repository above which a wipe deletes by range"
+        20_000, ge=0, description="rows of a repository above which a wipe is by range"
     )
-    compact_after: int = Field(
-        100_000, ge=1, description="reclaimed blocks that ask for a compaction of their range"
-    )
+    compact_after: int = Field(100_000, ge=1, description="reclaimed blocks that bring a compaction")
 
 
 class EphemeralSettings(Section):
@@ -220,7 +216,7 @@ class BackfillSettings(Section):
     retry_min: Duration = Field(5.0, description="first wait after a failed fetch")
     retry_max: Duration = Field(3600.0, description="longest wait after a failed fetch")
     min_rev_tries: int = Field(
-        5, ge=1, description="fetches older than min_rev before one is accepted with a mark"
+        5, ge=1, description="fetches below min_rev before one is accepted with a mark"
     )
 
 
@@ -233,9 +229,7 @@ class ArchiveSettings(Section):
 
 
 class AuditSettings(Section):
-    repos_per_minute: float = Field(
-        4.0, ge=0, le=6000, description="repositories a minute held against their signed commit; 0 is off"
-    )
+    repos_per_minute: float = Field(4.0, ge=0, le=6000, description="repositories audited a minute; 0 is off")
 
 
 class XrpcSettings(Section):
@@ -252,19 +246,12 @@ class StreamSettings(Section):
     send_buffer_kib: int = Field(1024, ge=64, description="bytes that may wait in one reader's socket")
     ping_interval: Duration = Field(20.0, description="time between pings")
     slow_window: Duration = Field(60.0, description="window in which a reader is judged slow")
-    slow_min_events_per_s: float = Field(
-        10.0, ge=0, description="slower than this, while far behind, is too slow"
-    )
+    slow_min_events_per_s: float = Field(10.0, ge=0, description="less than this, while far behind, is slow")
     slow_lag_events: int = Field(100_000, ge=1, description="how far behind the head counts as far")
     cursor_notice_interval: Duration = Field(
         10.0, description="time between Cursor notices to a filtered reader"
     )
     max_options_kib: int = Field(64, ge=1, description="largest message or filter that a reader may send")
-
-
-class FramesSettings(Section):
-    enabled: bool = Field(False, description="keep verified upstream frames for re-publishing")
-    retention: Retention = Field(259200.0, description="how long frames are kept")
 
 
 class LogSettings(Section):

@@ -42,7 +42,8 @@ from indexer.store.writer import Writer
 
 log = structlog.get_logger()
 
-#: Longest that a part may take to drain before it is cancelled, in seconds. A stop is done within 10.
+#: Longest that all parts together may take to drain before they are cancelled, in seconds; then the
+#: writer commits what it has. So a stop is done within 10.
 DRAIN_S = 5.0
 
 
@@ -54,6 +55,7 @@ class Daemon:
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._failed: asyncio.Future[None]
+        self._stop_by = 0.0  # loop time at which draining ends; 0 while the daemon runs
         self.db: Database
         self.writer: Writer
         self.ingest: Ingest
@@ -67,7 +69,7 @@ class Daemon:
         try:
             await self._start()
         except BaseException:
-            await self._stack.aclose()
+            await self._close()
             raise
         return self
 
@@ -75,8 +77,12 @@ class Daemon:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         log.info("stopping")
-        await self._stack.aclose()
+        await self._close()
         log.info("stopped", head=self.writer.head)
+
+    async def _close(self) -> None:
+        self._stop_by = asyncio.get_running_loop().time() + DRAIN_S
+        await self._stack.aclose()
 
     async def _start(self) -> None:
         settings = self.settings
@@ -85,8 +91,8 @@ class Daemon:
         self._stack.push_async_callback(self.writer.stop)
         self._spawn("writer", self._until_writer_closes)
         verifiers, workers = Pool(settings.verifiers), Pool(settings.backfill.processes)
-        self._stack.push_async_callback(verifiers.stop)
-        self._stack.push_async_callback(workers.stop)
+        self._on_stop(verifiers.stop)
+        self._on_stop(workers.stop)
         await verifiers.warm()
         http = await self._stack.enter_async_context(HttpClient(settings.network))
         resolver = Resolver(http, settings)
@@ -136,20 +142,32 @@ class Daemon:
     async def _listen(self) -> None:
         self.public = PublicServer(self.services)
         await self.public.start()
-        self._stack.push_async_callback(self.public.stop)
+        self._on_stop(self.public.stop)
         self.management = ManagementServer(self.services, self.public)
         await self.management.start()
-        self._stack.push_async_callback(self.management.stop)
+        self._on_stop(self.management.stop)
         log.info("listening", public=self.public.url, management=self.management.url)
+
+    def _on_stop(self, stop: Callable[[], Awaitable[None]]) -> None:
+        """Registers a part's stop, in reverse order of start, within what is left of the time."""
+
+        async def within_the_time() -> None:
+            left = max(0.2, self._stop_by - asyncio.get_running_loop().time())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop(), left)
+
+        self._stack.push_async_callback(within_the_time)
 
     def _spawn(
         self, name: str, run: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]] | None = None
     ) -> None:
-        """Runs a part as a task; its exit is watched, its stop comes in reverse order of start."""
+        """Runs a part as a task. One that ends before the daemon stops is a failure, error or not."""
 
         async def watched() -> None:
             try:
                 await run()
+                if not self._stop_by:
+                    raise IndexerError(f"the part {name} ended by itself")
             except Exception as error:
                 log.error("part_failed", part=name, error=str(error), exc_info=not _ours(error))
                 if not self._failed.done():
@@ -158,13 +176,12 @@ class Daemon:
         task = asyncio.create_task(watched(), name=name)
 
         async def end() -> None:
-            if stop is not None:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stop(), DRAIN_S)
             task.cancel()
             await asyncio.wait([task])
 
-        self._stack.push_async_callback(end)
+        self._on_stop(end)
+        if stop is not None:
+            self._on_stop(stop)
 
     @property
     def public_url(self) -> str:

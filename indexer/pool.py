@@ -12,12 +12,17 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnProcess
 from typing import ParamSpec, TypeVar
 
 from indexer.errors import WorkerDied
+
+#: Time for running work to end at a stop, in seconds.
+STOP_S = 2.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,26 +36,40 @@ class Pool:
         #: Times the processes had to be replaced because one of them died.
         self.restarts = 0
         self._executor: ProcessPoolExecutor | None = None
+        self._suspect: ProcessPoolExecutor | None = None
+        self._alone = asyncio.Lock()
         self._stopped = False
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """``function(*args, **kwargs)`` in a worker; its exceptions are raised here.
 
-        ``function`` must be importable by name and its arguments picklable. When a worker dies the
-        call is made once more in a fresh one; a second death raises `WorkerDied`.
+        ``function`` must be importable by name and its arguments picklable. A worker's death breaks
+        every call that is under way, so each is made once more in a process of its own: only the call
+        that kills that one too raises `WorkerDied`.
         """
         if self.workers == 0:
             return await asyncio.to_thread(function, *args, **kwargs)
-        for attempt in (1, 2):
-            executor = self._live()
+        executor = self._live()
+        try:
+            return await asyncio.wrap_future(executor.submit(function, *args, **kwargs))
+        except BrokenProcessPool:
+            self._replace(executor)
+        return await self._run_alone(function, *args, **kwargs)
+
+    async def _run_alone(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same in a process that nothing else runs in; one such process at a time."""
+        async with self._alone:
+            if self._stopped:
+                raise WorkerDied("the pool of worker processes is stopped")
+            self._suspect = executor = _executor(1)
             try:
                 return await asyncio.wrap_future(executor.submit(function, *args, **kwargs))
             except BrokenProcessPool as error:
-                self._replace(executor)
-                if attempt == 2:
-                    name = getattr(function, "__qualname__", repr(function))
-                    raise WorkerDied(f"a worker process died twice while it ran {name}") from error
-        raise AssertionError("unreachable")
+                name = getattr(function, "__qualname__", repr(function))
+                raise WorkerDied(f"a worker process died twice while it ran {name}") from error
+            finally:
+                self._suspect = None
+                executor.shutdown(wait=False, cancel_futures=True)
 
     async def warm(self) -> None:
         """Starts every process now, so that the first work does not wait for imports."""
@@ -59,23 +78,24 @@ class Pool:
 
     def pids(self) -> list[int]:
         """Process ids of the workers that run at this moment."""
-        processes = getattr(self._executor, "_processes", None) or {}
-        return list(processes)
+        return [*_processes(self._executor), *_processes(self._suspect)]
 
     async def stop(self) -> None:
-        """Waits for what runs, drops what has not begun, ends the processes."""
+        """Drops what has not begun; what runs gets `STOP_S` to end, then its process is ended.
+
+        Nothing is lost by that: workers compute, they keep nothing.
+        """
         self._stopped = True
-        executor, self._executor = self._executor, None
-        if executor is not None:
-            await asyncio.to_thread(executor.shutdown, wait=True, cancel_futures=True)
+        running = [executor for executor in (self._executor, self._suspect) if executor is not None]
+        self._executor = None
+        for executor in running:
+            await asyncio.to_thread(_end, executor)
 
     def _live(self) -> ProcessPoolExecutor:
         if self._stopped:
             raise WorkerDied("the pool of worker processes is stopped")
         if self._executor is None:
-            self._executor = ProcessPoolExecutor(
-                self.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare_worker
-            )
+            self._executor = _executor(self.workers)
         return self._executor
 
     def _replace(self, broken: ProcessPoolExecutor) -> None:
@@ -83,6 +103,28 @@ class Pool:
             self._executor = None
             self.restarts += 1
             broken.shutdown(wait=False, cancel_futures=True)
+
+
+def _executor(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare_worker
+    )
+
+
+def _processes(executor: ProcessPoolExecutor | None) -> dict[int, SpawnProcess]:
+    return dict(getattr(executor, "_processes", None) or {})
+
+
+def _end(executor: ProcessPoolExecutor) -> None:
+    processes = list(_processes(executor).values())
+    executor.shutdown(wait=False, cancel_futures=True)
+    deadline = time.monotonic() + STOP_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    executor.shutdown(wait=True)
 
 
 def _nothing() -> None:

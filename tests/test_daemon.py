@@ -14,6 +14,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from indexer.config import load
+from indexer.daemon import Daemon
+from indexer.errors import StoreCorrupt, WriterPoisoned
 from indexer.store.codecs import Mode
 from indexer.store.database import Database
 from tests.paths import ROOT
@@ -95,6 +98,27 @@ async def test_an_unreachable_relay_is_retried_and_a_signal_drains(
         assert time.monotonic() - began < 10
     with Database.open(tmp_path / "data" / "db", mode=Mode()) as db:
         assert db.mode == Mode()
+
+
+async def test_a_failed_commit_takes_the_daemon_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise StoreCorrupt("a block of table 000012.sst does not match its checksum")
+
+    settings = load(
+        overrides={
+            "data_dir": tmp_path, "upstreams": ["ws://127.0.0.1:9"], "verifiers": 0,
+            "network": {"allow_private": True}, "public": {"bind": "127.0.0.1:0"},
+            "management": {"bind": "127.0.0.1:0"},
+        }
+    )  # fmt: skip
+    async with Daemon(settings) as daemon:
+        monkeypatch.setattr(Database, "write", broken)
+        with pytest.raises(WriterPoisoned):
+            await daemon.writer.run("test", lambda tx: tx.set_cursor("test", 1))
+        with pytest.raises(StoreCorrupt, match="000012.sst"):
+            await daemon.run_until_signal(20)
+        async with aiohttp.ClientSession() as http, http.get(f"{daemon.management_url}/readyz") as answer:
+            assert answer.status == 503
 
 
 async def test_an_unknown_setting_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from indexer.errors import CarError, WorkerDied
-from indexer.pool import Pool
+from indexer.pool import STOP_S, Pool
 
 
 def _pid_plus(number: int) -> tuple[int, int]:
@@ -55,6 +56,39 @@ async def test_a_dead_worker_is_replaced_and_its_work_done_again(tmp_path: os.Pa
     await pool.stop()
     with pytest.raises(WorkerDied, match="stopped"):
         await pool.run(_pid_plus, 1)
+
+
+def _sleep_and_return(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+async def test_a_death_beside_it_does_not_fail_innocent_work() -> None:
+    pool = Pool(1)
+    await pool.warm()
+    results = await asyncio.gather(
+        pool.run(_sleep_and_return, 0.3),
+        pool.run(_die),
+        *(pool.run(_pid_plus, number) for number in range(3)),
+        return_exceptions=True,
+    )
+    assert results[0] == 0.3
+    assert isinstance(results[1], WorkerDied)
+    assert [result[1] for result in results[2:] if isinstance(result, tuple)] == [1, 2, 3]
+    await pool.stop()
+
+
+async def test_a_stop_does_not_wait_for_long_work() -> None:
+    pool = Pool(1)
+    await pool.warm()
+    long_work = asyncio.create_task(pool.run(_sleep_and_return, 60))
+    while not pool.pids():
+        await asyncio.sleep(0)
+    began = time.monotonic()
+    await pool.stop()
+    assert time.monotonic() - began < STOP_S + 3
+    with pytest.raises(WorkerDied):
+        await long_work
 
 
 _PARENT = """
