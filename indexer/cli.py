@@ -23,6 +23,7 @@ COMMANDS = {
     "repo": ("indexer.commands.repo:repo", "Follow repositories and look at their state."),
     "get": ("indexer.commands.client:get", "Print a record by its at:// URI."),
     "stream": ("indexer.commands.client:stream", "Print the event stream."),
+    "db": ("indexer.commands.db:db", "Look after the database: check, compact, back up, restore, migrate."),
     "car": ("indexer.commands.car:car", "Inspect, verify and unpack repository CAR files."),
     "config": ("indexer.commands.config:config", "Show and check settings."),
 }

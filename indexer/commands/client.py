@@ -21,7 +21,7 @@ import aiohttp
 import click
 
 from indexer.atproto.syntax import check_did, check_nsid_pattern, parse_at_uri
-from indexer.config import load, parse_bind
+from indexer.config import Settings, load, parse_bind
 from indexer.errors import FetchError, FetchRefused, FetchTransient, RequestError
 
 T = TypeVar("T")
@@ -52,10 +52,11 @@ class Daemon:
         async with self._call("GET", f"{self.public}/health") as response:
             return await response.json()
 
-    async def manage(self, method: str, path: str, body: object = None) -> Any:
-        """A management request's JSON answer."""
+    async def manage(self, method: str, path: str, body: object = None, *, patient: bool = False) -> Any:
+        """A management request's JSON answer; ``patient``: one that may take as long as it needs."""
         url = f"{self.management}{path}"
-        async with self._call(method, url, headers=self._headers, json=body) as response:
+        wait = None if patient else _TIMEOUT_S
+        async with self._call(method, url, wait, headers=self._headers, json=body) as response:
             return await response.json()
 
     async def lines(self, path: str) -> AsyncGenerator[dict[str, Any]]:
@@ -72,8 +73,10 @@ class Daemon:
             yield response.content
 
     @asynccontextmanager
-    async def _call(self, method: str, url: str, **options: Any) -> AsyncIterator[aiohttp.ClientResponse]:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_TIMEOUT_S)
+    async def _call(
+        self, method: str, url: str, wait: float | None = _TIMEOUT_S, **options: Any
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=wait)
         try:
             async with (
                 aiohttp.ClientSession(timeout=timeout) as session,
@@ -112,13 +115,7 @@ def with_daemon(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(
         url: str | None, management_url: str | None, token: str | None, config: Path | None, **rest: Any
     ) -> None:
-        settings = load(config)
-        daemon = Daemon(
-            url or _url_of(settings.public.bind),
-            management_url or _url_of(settings.management.bind),
-            settings.management.token if token is None else token,
-        )
-        command(daemon=daemon, **rest)
+        command(daemon=daemon_of(load(config), url, management_url, token), **rest)
 
     path = click.Path(path_type=Path, dir_okay=False)
     for option in (
@@ -129,6 +126,15 @@ def with_daemon(command: Callable[..., None]) -> Callable[..., None]:
     ):
         wrapper = option(wrapper)
     return wrapper
+
+
+def daemon_of(settings: Settings, url: str | None, management_url: str | None, token: str | None) -> Daemon:
+    """The daemon of these settings, where an option does not say otherwise."""
+    return Daemon(
+        url or _url_of(settings.public.bind),
+        management_url or _url_of(settings.management.bind),
+        settings.management.token if token is None else token,
+    )
 
 
 def _url_of(bind: str) -> str:

@@ -1,6 +1,7 @@
-"""`indexer repo`: follow repositories, look at their state, get their archived CARs.
+"""`indexer repo`: follow repositories, look at their state, verify them, get their archived CARs.
 
-Owns the options and the output. Everything goes through a running daemon's management listener.
+Owns the options and the output. Everything goes through a running daemon's management listener, but for
+`verify` of a data directory that no daemon holds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import click
 from indexer.atproto.syntax import check_did
 from indexer.commands.client import Daemon, run_client, with_daemon
 from indexer.errors import IndexerError, RequestError
+from indexer.ingest.audit import Audit, audit
+from indexer.pool import Pool
+from indexer.store.database import Database
 
 #: Time between two looks of `repo add --wait`, in seconds.
 _POLL_S = 0.5
@@ -120,6 +124,48 @@ def archive(daemon: Daemon, did: str, output: Path | None, rev: str | None, list
     if output is None and not listed and sys.stdout.isatty():
         raise click.UsageError("a CAR is binary: name a file with -o, or redirect standard output")
     run_client(main())
+
+
+@repo.command()
+@click.argument("did")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Look into this data directory while no daemon runs.",
+)
+@click.option("--json", "raw", is_flag=True, help="One line of JSON.")
+@with_daemon
+def verify(daemon: Daemon, did: str, data_dir: Path | None, raw: bool) -> None:
+    """Rebuild the tree of a repository from the index and compare it with the signed commit.
+
+    Exit code 1 when they differ, or the signature is not by the account's key.
+    """
+
+    async def main() -> dict[str, Any]:
+        known = check_did(did)
+        if data_dir is not None:
+            return (await verify_offline(data_dir, known))._asdict()
+        found: dict[str, Any] = await daemon.manage("POST", f"{_path(known)}/verify", patient=True)
+        return found
+
+    found = run_client(main())
+    if raw:
+        click.echo(json.dumps(found))
+    else:
+        text = f"{found['records']} records, rev {found['rev']}, signature {found['signature']}"
+        click.echo(f"{did}: {'ok' if found['outcome'] == 'ok' else 'MISMATCH'} ({text})")
+        if found["message"]:
+            click.echo(found["message"])
+    if found["outcome"] != "ok":
+        raise SystemExit(1)
+
+
+async def verify_offline(data_dir: Path, did: str) -> Audit:
+    """An audit of a database that no daemon holds."""
+    with Database.open(data_dir / "db", create=False) as db:
+        if db.mode.ephemeral:
+            raise RequestError("the database keeps no records (ephemeral mode)")
+        return await audit(db, Pool(0), did, max_records=sys.maxsize)
 
 
 @contextmanager

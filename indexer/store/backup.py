@@ -65,10 +65,10 @@ def backup(db: Database, target: FilePath, *, progress: Progress = _silent) -> B
 
     Raises `StoreError` when the target exists or cannot be written, `StoreFull`.
     """
+    if target.exists():
+        raise StoreError(f"{target} exists already; name a folder that does not")
     part = target.with_name(target.name + _PART)
     with _translated(f"writing the backup {target}"):
-        if target.exists():
-            raise StoreError(f"{target} exists already; name a folder that does not")
         _remove(part)
         part.mkdir(parents=True)
         try:

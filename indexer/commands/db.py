@@ -1,0 +1,262 @@
+"""`indexer db`: look at, check, repair, compact, back up, restore and migrate the database.
+
+Owns the options and the output. Works on the data directory while no daemon runs; `stats`, `compact` and
+`backup` go through the management listener of a daemon that holds it, the others say that it must be stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from indexer.atproto.syntax import check_did
+from indexer.cas import FsBlobStore
+from indexer.commands.client import Daemon, daemon_of, run_client
+from indexer.commands.progress import Tell, bar
+from indexer.config import Settings, load
+from indexer.errors import FetchTransient, StoreLocked
+from indexer.store import backup as backups
+from indexer.store.archives import check_archives
+from indexer.store.check import Report
+from indexer.store.check import check as check_store
+from indexer.store.database import Database
+from indexer.store.migration import migrate as migrate_store
+from indexer.store.repair import Repaired
+from indexer.store.repair import repair as repair_store
+from indexer.store.upkeep import compact_all, describe
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A data directory and the daemon that may hold it."""
+
+    settings: Settings
+    data_dir: Path
+    daemon: Daemon
+
+    @contextmanager
+    def opened(self) -> Iterator[Database]:
+        """The database, in whatever mode it was made. Raises `StoreLocked` while a daemon holds it."""
+        with Database.open(self.data_dir / "db", memory_mib=self.settings.memory_mib, create=False) as db:
+            yield db
+
+    def here_or_there(
+        self, here: Callable[[Database], dict[str, Any]], there: Callable[[Daemon], Awaitable[Any]]
+    ) -> dict[str, Any]:
+        """``here`` on the database, or ``there`` with the daemon that holds it."""
+        try:
+            with self.opened() as db:
+                return here(db)
+        except StoreLocked as locked:
+            try:
+                answer: dict[str, Any] = run_client(_awaited(there(self.daemon)))
+            except FetchTransient as error:
+                raise StoreLocked(f"{locked}; and {error}") from error
+            return answer
+
+
+async def _awaited(work: Awaitable[Any]) -> Any:
+    return await work
+
+
+def with_place(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that say where the database is; the command gets it as ``place``."""
+
+    @functools.wraps(command)
+    def wrapper(
+        config: Path | None, data_dir: Path | None, management_url: str | None, token: str | None, **rest: Any
+    ) -> None:
+        settings = load(config)
+        daemon = daemon_of(settings, None, management_url, token)
+        command(place=Place(settings, data_dir or settings.data_dir, daemon), **rest)
+
+    file, folder = click.Path(path_type=Path, dir_okay=False), click.Path(path_type=Path, file_okay=False)
+    for option in (
+        click.option("--config", type=file, help="Settings file (TOML)."),
+        click.option("--token", help="Management token  [default: the setting management.token]"),
+        click.option("--management-url", help="Management listener  [default: from management.bind]"),
+        click.option("--data-dir", type=folder, help="Data directory  [default: the setting data_dir]"),
+    ):
+        wrapper = option(wrapper)
+    return wrapper
+
+
+_json = click.option("--json", "raw", is_flag=True, help="One line of JSON.")
+
+
+@click.group()
+def db() -> None:
+    """Look after the database."""
+
+
+# --- stats and compact ------------------------------------------------------------------------------------
+
+
+@db.command()
+@_json
+@with_place
+def stats(place: Place, raw: bool) -> None:
+    """Rows, bytes, compression and pending compaction by keyspace."""
+    figures = place.here_or_there(describe, lambda daemon: daemon.manage("GET", "/db/stats"))
+    if raw:
+        click.echo(json.dumps(figures))
+        return
+    click.echo(
+        _COLUMNS.format("keyspace", "rows", "on disk", "live", "in memory", "compression", "to compact")
+    )
+    for name, row in (*figures["keyspaces"].items(), ("total", figures["totals"])):
+        click.echo(
+            _COLUMNS.format(
+                name, f"{row['rows']:,}", size_text(row["sst_bytes"]), size_text(row["live_bytes"]),
+                size_text(row["memtable_bytes"]), _ratio(row["raw_bytes"], row["data_bytes"]),
+                size_text(row["pending_compaction_bytes"]),
+            )
+        )  # fmt: skip
+
+
+_TITLES = ("keyspace", "rows", "on disk", "live", "in memory", "compression", "to compact")
+_COLUMNS = "{:<16}{:>15}{:>12}{:>12}{:>12}{:>13}{:>13}"
+
+
+def size_text(size: int) -> str:
+    """Bytes for a person: ``0``, ``812 B``, ``3.4 MiB``."""
+    if size < 1024:
+        return f"{size} B" if size else "0"
+    power = min((size.bit_length() - 1) // 10, 4)
+    return f"{size / (1 << 10 * power):.1f} {'KMGT'[power - 1]}iB"
+
+
+def _ratio(raw: int, packed: int) -> str:
+    return f"{raw / packed:.1f} : 1" if packed else "-"
+
+
+@db.command()
+@_json
+@with_place
+def compact(place: Place, raw: bool) -> None:
+    """Compact everything: obsolete versions and dead rows leave the disk."""
+
+    def here(db: Database) -> dict[str, Any]:
+        before = describe(db)["totals"]
+        with bar("compacting") as tell:
+            compact_all(db, tell)
+        return {"before": before, "after": describe(db)["totals"]}
+
+    answer = place.here_or_there(here, lambda daemon: daemon.manage("POST", "/db/compact", patient=True))
+    if raw:
+        click.echo(json.dumps(answer))
+    else:
+        before, after = (size_text(answer[when]["sst_bytes"]) for when in ("before", "after"))
+        click.echo(f"compacted: {before} before, {after} after")
+
+
+# --- check ------------------------------------------------------------------------------------------------
+
+
+@db.command()
+@click.option("--repo", "did", metavar="DID", help="Only this repository.")
+@click.option("--repair", is_flag=True, help="Set counts and references to a recount; deletes no record.")
+@_json
+@with_place
+def check(place: Place, did: str | None, repair: bool, raw: bool) -> None:
+    """Verify every guarantee of the store; exit code 1 when one is broken.
+
+    Blocks exist and hash, references and totals equal a recount, the log and the queues are in order,
+    archived files are whole. Stop the daemon first.
+    """
+    did = None if did is None else check_did(did)
+    repaired: Repaired | None = None
+    with place.opened() as db, bar("checking") as tell:
+        report = _checked(place, db, did, tell)
+        if repair and report.problems:
+            tell("repairing", 0, 0)
+            repaired = asyncio.run(repair_store(db, place.settings, did))
+            report = _checked(place, db, did, tell)
+    if raw:
+        mended = None if repaired is None else repaired._asdict()
+        click.echo(json.dumps({**report._asdict(), "repaired": mended}))
+    else:
+        for line in _findings(report, repaired):
+            click.echo(line)
+    if report.problems:
+        raise SystemExit(1)
+
+
+def _checked(place: Place, db: Database, did: str | None, tell: Tell) -> Report:
+    report = check_store(db, did, progress=lambda done, total: tell("checking", done, total))
+    if (place.data_dir / "cas").is_dir():
+        tell("checking archived files", 0, 0)
+        report.problems.extend(check_archives(db, FsBlobStore(place.data_dir / "cas"), did))
+    return report
+
+
+def _findings(report: Report, repaired: Repaired | None) -> Iterator[str]:
+    yield from report.problems
+    if repaired is not None:
+        yield f"repaired: {repaired.references} references, {repaired.totals} totals"
+    looked = f"{report.repos} repositories, {report.records} records, {report.blocks} blocks"
+    verdict = f"{len(report.problems)} problems" if report.problems else "no problem"
+    yield f"{verdict} in {looked}, {report.events} events"
+
+
+# --- backup, restore, migrate -----------------------------------------------------------------------------
+
+
+@db.command()
+@click.argument("dest", type=click.Path(path_type=Path))
+@_json
+@with_place
+def backup(place: Place, dest: Path, raw: bool) -> None:
+    """Back up the database and the archived files into the new folder DEST; a daemon goes on meanwhile."""
+    target = dest.absolute()
+
+    def here(db: Database) -> dict[str, Any]:
+        with bar("backing up") as tell:
+            return backups.backup(db, target, progress=tell)._asdict()
+
+    made = place.here_or_there(
+        here, lambda daemon: daemon.manage("POST", "/db/backup", {"to": str(target)}, patient=True)
+    )
+    if raw:
+        click.echo(json.dumps(made))
+    else:
+        sizes = f"{size_text(made['db_bytes'])} of database, {size_text(made['cas_bytes'])} of archived files"
+        click.echo(f"{made['path']}: {sizes}, up to event {made['head'] - 1}")
+
+
+@db.command()
+@click.argument("src", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@_json
+@with_place
+def restore(place: Place, src: Path, raw: bool) -> None:
+    """Make the data directory, which must be empty, of the backup SRC."""
+    with bar("restoring") as tell:
+        done = backups.restore(src, place.data_dir, progress=tell)
+    if raw:
+        click.echo(json.dumps({**done._asdict(), "data_dir": str(place.data_dir)}))
+    else:
+        sizes = f"{size_text(done.db_bytes)} of database, {size_text(done.cas_bytes)} of archived files"
+        click.echo(f"{place.data_dir}: {sizes}; event ids go on at {done.next}")
+
+
+@db.command()
+@_json
+@with_place
+def migrate(place: Place, raw: bool) -> None:
+    """Bring the database to this program's format; make a backup before. Goes on where a kill left it."""
+    with bar("migrating") as tell:
+        done = migrate_store(place.data_dir / "db", memory_mib=place.settings.memory_mib, progress=tell)
+    if raw:
+        click.echo(json.dumps(done._asdict()))
+    elif done.before == done.after:
+        click.echo(f"{place.data_dir}: format {done.after} is this program's; nothing to do")
+    else:
+        click.echo(f"{place.data_dir}: format {done.before} is {done.after} now ({done.handled} rows)")
