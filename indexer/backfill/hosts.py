@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 
 #: Failures in a row after which a host as a whole is left alone, not just the repository that met them.
 FAULTS_BEFORE_PENALTY = 3
-#: Hosts remembered; beyond it those without a fetch or a penalty are forgotten.
+#: Hosts remembered; beyond it those that it costs least to forget go, a part of them at once.
 MAX_HOSTS = 10_000
+_KEPT = 0.75
 #: A ``ratelimit-reset`` from here on is a moment (Unix time), below it a number of seconds.
 UNIX_TIMES_FROM = 1e9
 
@@ -126,7 +127,12 @@ class Hosts:
         return state
 
     def _forget(self) -> None:
+        """Makes room for many: first the hosts without a penalty, then those whose penalty ends first.
+
+        A host that is being fetched from stays: its slots are counted here. Those are bounded by the fetches.
+        """
         now = self._clock()
-        self._hosts = {
-            host: state for host, state in self._hosts.items() if state.active or state.not_before > now
-        }
+        idle = [(host, state) for host, state in self._hosts.items() if not state.active]
+        idle.sort(key=lambda item: (max(item[1].not_before, now), item[1].faults))
+        for host, _ in idle[: len(self._hosts) - int(MAX_HOSTS * _KEPT)]:
+            del self._hosts[host]

@@ -109,3 +109,30 @@ def test_the_table_of_hosts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(hosts._hosts) <= 10
     assert hosts.penalty_s("penalized") == 50
     hosts.release("kept")
+
+
+def test_rested_hosts_are_forgotten_too_the_one_that_rests_longest_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_HOSTS", 100)
+    clock = CountingClock()
+    hosts = Hosts(2, 5, 10_000, clock)
+    hosts.take("fetching")
+    hosts.fault("longest", jitter=0.0, retry_after=9_000)
+    for number in range(1_000):
+        hosts.fault(f"host{number}", jitter=0.0, retry_after=1_000 + number)
+        assert len(hosts._hosts) <= 100
+    assert hosts.penalty_s("longest") == 9_000
+    assert hosts.penalty_s("host999") == 1_999
+    assert hosts.penalty_s("host0") == 0
+    hosts.release("fetching")
+    # Each fault asks once for the time; a table scanned for every new host would ask much more often.
+    assert clock.asked < 1_100
+
+
+class CountingClock(Clock):
+    asked = 0
+
+    def __call__(self) -> float:
+        self.asked += 1
+        return self.now
