@@ -7,6 +7,7 @@ fetch, and does not prove the handle. Pure; any thread.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ipaddress import ip_address
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -77,11 +78,11 @@ def _pds(document: dict[str, Any], allow_http: bool) -> str | None:
         endpoint = service.get("serviceEndpoint")
         if service.get("type") != "AtprotoPersonalDataServer" or not isinstance(endpoint, str):
             return None
-        return _origin(endpoint, ("https", "http") if allow_http else ("https",))
+        return _origin(endpoint, allow_http)
     return None
 
 
-def _origin(url: str, schemes: tuple[str, ...]) -> str | None:
+def _origin(url: str, allow_http: bool) -> str | None:
     """``url`` as ``scheme://host[:port]``, None when it is not just that (a lone final slash aside)."""
     if len(url) > _MAX_ENDPOINT or not url.isascii() or not url.isprintable() or " " in url:
         return None
@@ -92,6 +93,21 @@ def _origin(url: str, schemes: tuple[str, ...]) -> str | None:
         return None
     origin = f"{parts.scheme}://{parts.netloc.lower()}"
     plain = url.removesuffix("/").lower() == origin and "@" not in parts.netloc
-    if not plain or parts.scheme not in schemes or not host or port == 0 or parts.netloc.endswith(":"):
+    schemes = ("https", "http") if allow_http else ("https",)
+    if not plain or parts.scheme not in schemes or port == 0 or parts.netloc.endswith(":"):
         return None
-    return origin
+    return origin if host and _is_host(host, single_label=allow_http) else None
+
+
+def _is_host(host: str, *, single_label: bool) -> bool:
+    """Whether ``host`` is a hostname of two labels or more, an address or localhost.
+
+    ``single_label``: others of one label too, as containers on one machine have them.
+    """
+    if is_handle(host) or host == "localhost" or (single_label and is_handle(f"{host}.test")):
+        return True
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return "%" not in host

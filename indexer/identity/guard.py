@@ -124,13 +124,16 @@ class GuardedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """Addresses to dial; raises `UrlRefused` when every one of them is private."""
+        """Addresses to dial; raises `UrlRefused` when every one is private, or none can be asked for."""
         override = self._overrides.get((host.rstrip(".").lower(), port))
         if override is not None:
             return [_result(host, *override)]
         if self._inner is None:
             self._inner = ThreadedResolver()  # wants a running loop
-        results = await self._inner.resolve(host, port, family)
+        try:
+            results = await self._inner.resolve(host, port, family)
+        except UnicodeError as error:  # an empty label, or one that is too long
+            raise UrlRefused(f"{host[:120]!r} is not a name that can be looked up") from error
         if not results:
             raise OSError(None, f"no address for {host}")
         if self._allow_private:

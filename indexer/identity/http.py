@@ -176,9 +176,11 @@ class HttpClient:
         try:
             return await self._session.get(target, headers=headers, allow_redirects=False)
         except aiohttp.InvalidURL as error:
-            raise UrlRefused(f"refused URL {str(target)[:120]!r}: {error}") from error
-        except (aiohttp.ClientError, OSError) as error:
+            raise _unusable(target, error) from error
+        except (aiohttp.ClientError, OSError) as error:  # first: an error about a certificate is a ValueError
             raise _transient(target, error) from error
+        except ValueError as error:  # a host that cannot be looked up: an empty label, or one too long
+            raise _unusable(target, error) from error
 
 
 def _join(base: URL, location: str) -> URL:
@@ -186,6 +188,10 @@ def _join(base: URL, location: str) -> URL:
         return base.join(URL(location))
     except ValueError as error:
         raise UrlRefused(f"redirect to something that is not a URL: {location[:120]!r}") from error
+
+
+def _unusable(url: object, error: Exception) -> UrlRefused:
+    return UrlRefused(f"refused URL {str(url)[:120]!r}: {str(error)[:200]}")
 
 
 def _transient(url: object, error: Exception) -> FetchTransient:

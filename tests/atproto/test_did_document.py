@@ -148,6 +148,16 @@ def test_the_first_entry_of_the_name_decides() -> None:
         ("https://pds.example.com\n", None),
         ("https://pds.example.com\\@evil.org", None),
         ("https://" + "a" * 3000 + ".com", None),
+        ("https://" + "a" * 70 + ".com", None),
+        ("https://a..b.com", None),
+        ("https://.b.com", None),
+        ("https://-a.com", None),
+        ("https://pds_1.example.com", None),
+        ("https://pds", None),
+        ("https://[fe80::1%25eth0]", None),
+        ("https://[fe80::1%eth0]", None),
+        ("https://localhost", "https://localhost"),
+        ("https://203.0.113.7", "https://203.0.113.7"),
         ("", None),
         (7, None),
         (["https://pds.example.com"], None),
@@ -161,6 +171,12 @@ def test_http_endpoints_only_where_they_are_allowed() -> None:
     obj = document(service=[{**PDS, "serviceEndpoint": "http://localhost:2583"}])
     assert parse_did_document(obj, DID).pds is None
     assert parse_did_document(obj, DID, allow_http=True).pds == "http://localhost:2583"
+
+
+@pytest.mark.parametrize("host", ["pds", "pds-1:2583", "127.0.0.1:2583", "pds0.simnet.test"])
+def test_a_network_of_containers_has_hosts_of_one_label(host: str) -> None:
+    obj = document(service=[{**PDS, "serviceEndpoint": f"http://{host}"}])
+    assert parse_did_document(obj, DID, allow_http=True).pds == f"http://{host}"
 
 
 def test_a_document_without_key_or_pds_is_still_read() -> None:

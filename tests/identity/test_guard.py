@@ -129,6 +129,13 @@ async def test_a_name_without_an_address_is_an_error() -> None:
         await resolver(empty_com=[]).addresses("empty.com", 443)
 
 
+@pytest.mark.parametrize("host", ["a" * 70 + ".com", "a..b.com"])
+async def test_a_name_that_cannot_be_looked_up_is_refused(host: str) -> None:
+    guarded = GuardedResolver(PRIVATE)
+    with pytest.raises(UrlRefused, match="looked up"):
+        await guarded.addresses(host, 443)
+
+
 async def test_literal_addresses_are_judged_too() -> None:
     assert await resolver().addresses("1.1.1.1", 443) == [("1.1.1.1", 443)]
     with pytest.raises(UrlRefused):

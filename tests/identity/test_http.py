@@ -71,6 +71,14 @@ async def test_an_unknown_authority_is_a_failure() -> None:
             await http.get(f"https://127.0.0.1:{port}/", max_bytes=100)
 
 
+@pytest.mark.parametrize("host", ["a" * 70 + ".com", "a..b.com", ".a.com"])
+@pytest.mark.parametrize("private", [True, False])
+async def test_a_host_that_no_lookup_takes_is_refused(host: str, private: bool) -> None:
+    async with HttpClient(settings(network={"allow_private": private}).network) as http:
+        with pytest.raises(UrlRefused):
+            await http.get(f"https://{host}/", max_bytes=100)
+
+
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:1/", "https://127.0.0.1/", "https://10.0.0.1/", "nonsense"]
 )
