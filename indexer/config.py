@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from indexer.errors import ConfigError
 
@@ -325,8 +330,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # `load` passes the file's tables as init values: the environment comes before them.
-        return env_settings, init_settings
+        return (init_settings,)  # `load` joins the sources; a bare `Settings()` is the defaults
 
 
 def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
@@ -346,15 +350,13 @@ def env_name(name: str) -> str:
     return ENV_PREFIX + name.upper().replace(".", "__")
 
 
-def load(file: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:
+def load(
+    file: Path | None = None, overrides: dict[str, Any] | None = None, *, environment: bool = True
+) -> Settings:
     """Settings from ``file`` (TOML), then the environment, then ``overrides`` (nested tables).
 
     Raises `ConfigError` naming the setting, the file or the variable at fault.
     """
-    known = {env_name(name) for name in setting_names()}
-    for variable in os.environ:
-        if variable.startswith(ENV_PREFIX) and variable.upper() not in known:
-            raise ConfigError(f"unknown setting in the environment: {variable}")
     tables: dict[str, Any] = {}
     if file is not None:
         try:
@@ -363,13 +365,21 @@ def load(file: Path | None = None, overrides: dict[str, Any] | None = None) -> S
             raise ConfigError(f"cannot read the settings file {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the settings file {file} is not valid TOML: {error}") from error
+    if environment:
+        tables = _merge(tables, _environment())
     try:
-        settings = Settings(**tables)
-        if overrides:
-            settings = Settings.model_validate(_merge(settings.model_dump(exclude_unset=True), overrides))
-        return settings
+        return Settings(**_merge(tables, overrides or {}))
     except ValidationError as error:
         raise ConfigError(_describe(error)) from error
+
+
+def _environment() -> dict[str, Any]:
+    """The tables that the environment sets."""
+    known = {env_name(name) for name in setting_names()}
+    for variable in os.environ:
+        if variable.startswith(ENV_PREFIX) and variable.upper() not in known:
+            raise ConfigError(f"unknown setting in the environment: {variable}")
+    return EnvSettingsSource(Settings)()
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

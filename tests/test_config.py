@@ -38,8 +38,12 @@ def test_environment_beats_file_and_overrides_beat_both(
     path = _file(tmp_path, 'verifiers = 2\nmemory_mib = 64\n[filter]\nmode = "full"\n')
     monkeypatch.setenv("INDEXER_VERIFIERS", "3")
     monkeypatch.setenv("INDEXER_FILTER__SIGNALS", "app.bsky.*, com.example.thing")
+    monkeypatch.setenv("INDEXER_MEMORY_MIB", "96")
     settings = load(path, {"memory_mib": 128})
     assert (settings.verifiers, settings.memory_mib, settings.filter.mode) == (3, 128, "full")
+    assert load(path).memory_mib == 96
+    assert load(path, environment=False).memory_mib == 64
+    assert Settings().verifiers == 1
     assert settings.filter.signals == ["app.bsky.*", "com.example.thing"]
 
 

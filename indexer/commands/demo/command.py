@@ -128,7 +128,9 @@ def _simulated(options: Options) -> dict[str, str]:
 
 
 def _settings(options: Options, data_dir: Path, network: SimulatedNetwork) -> Settings:
+    """The demo's own settings alone: what the shell has exported is for another daemon."""
     return load(
+        environment=False,
         overrides={
             "data_dir": data_dir,
             "upstreams": [network.relay_url],
