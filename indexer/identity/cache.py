@@ -38,11 +38,14 @@ class TtlCache(Generic[K, V]):
         return entry[1]
 
     def put(self, key: K, value: V, ttl: float) -> None:
-        """Keeps ``value`` for ``ttl`` seconds."""
-        self._entries[key] = self._clock() + ttl, value
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._capacity:
-            self._entries.popitem(last=False)
+        """Keeps ``value`` for ``ttl`` seconds. Expired entries that were not used since go."""
+        entries, now = self._entries, self._clock()
+        entries[key] = now + ttl, value
+        entries.move_to_end(key)
+        while len(entries) > self._capacity or next(iter(entries.values()))[0] <= now:
+            entries.popitem(last=False)
+            if not entries:  # the new one itself was not to be kept
+                return
 
     def drop(self, key: K) -> None:
         self._entries.pop(key, None)

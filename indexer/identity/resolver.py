@@ -21,6 +21,8 @@ from indexer.identity.handles import HandleLookup
 from indexer.identity.http import HttpClient
 
 INVALID_HANDLE = "handle.invalid"
+#: Most of a failure's message that is kept.
+MAX_MESSAGE = 300
 
 T = TypeVar("T")
 
@@ -176,7 +178,7 @@ class _Flights(Generic[T]):
             self._known.drop(key)
         elif self._known.get(key) is not None:
             return  # a refresh that found nobody at home: the last answer is still believed
-        self._failed.put(key, error, self._limits.error_ttl)
+        self._failed.put(key, _remembered(error), self._limits.error_ttl)
 
     def _landed(self, task: asyncio.Task[T]) -> None:
         self._tasks.discard(task)
@@ -188,3 +190,10 @@ class _Flights(Generic[T]):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _remembered(error: IdentityError) -> IdentityError:
+    """The failure without traceback and causes, whose frames would keep whole answers alive."""
+    kept = copy.copy(error)
+    kept.args = (str(error)[:MAX_MESSAGE],)
+    return kept

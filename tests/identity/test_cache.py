@@ -41,6 +41,18 @@ def test_the_least_recently_used_goes_first() -> None:
     assert (cache.get("a"), len(cache)) == (4, 2)
 
 
+def test_expired_entries_do_not_wait_for_the_cache_to_be_full() -> None:
+    clock = Clock()
+    cache: TtlCache[int, int] = TtlCache(1_000, clock=clock)
+    for number in range(500):
+        cache.put(number, number, 5)
+        clock.now += 1
+        cache.get(number // 2)  # one in use, which may hold back others, though not for long
+    assert len(cache) <= 2 * 5
+    cache.put(1_000, 0, 0)
+    assert cache.get(1_000) is None
+
+
 def test_a_dropped_entry_is_gone() -> None:
     cache: TtlCache[str, int] = TtlCache(2, clock=Clock())
     cache.put("a", 1, 5)

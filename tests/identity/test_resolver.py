@@ -14,7 +14,7 @@ from indexer.errors import IdentityError, IdentityGone, IdentityUnavailable
 from indexer.identity.documents import web_url
 from indexer.identity.guard import GuardedResolver
 from indexer.identity.http import HttpClient
-from indexer.identity.resolver import INVALID_HANDLE, Resolver
+from indexer.identity.resolver import INVALID_HANDLE, MAX_MESSAGE, Resolver
 from tests.identity.servers import FixedNames, client_tls, http_server, settings
 from tests.identity.test_cache import Clock
 from tests.paths import DATA
@@ -230,6 +230,40 @@ async def test_what_an_answer_means(answer: Any, error: type[IdentityError], tom
         clock.now += 120  # identity.error_ttl
         directory.documents[ANN] = document(ANN)
         assert (await resolver.resolve(ANN)).did == ANN
+
+
+@pytest.mark.parametrize("answer", [b"<html>" + b"x" * 50_000, document(BOB, padding="x" * 50_000), 500])
+async def test_a_remembered_failure_keeps_nothing_of_the_answer(answer: Any) -> None:
+    async with resolving(Directory(**{ANN: answer})) as resolver:
+        with pytest.raises(IdentityError):
+            await resolver.resolve(ANN)
+        failure = resolver._identities._failed.get(ANN)
+        assert failure is not None
+        assert (failure.__traceback__, failure.__cause__, failure.__context__) == (None, None, None)
+        for _ in range(2):
+            with pytest.raises(type(failure)):
+                await resolver.resolve(ANN)
+        assert failure.__traceback__ is None
+
+
+async def test_a_remembered_failure_has_a_short_message() -> None:
+    directory = Directory(**{"x" * 3_000: 410})
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if request.path == f"/{ANN}":
+            return web.Response(status=302, headers={"Location": "/" + "x" * 3_000})
+        return await directory.handle(request)
+
+    async with http_server(handle) as port:
+        chosen = settings(network={"allow_private": True}, plc_urls=[f"http://127.0.0.1:{port}"])
+        async with HttpClient(chosen.network) as http:
+            resolver = Resolver(http, chosen)
+            for length in (3_000, MAX_MESSAGE):  # the first time from the directory, then from memory
+                with pytest.raises(IdentityGone, match="status 410") as raised:
+                    await resolver.resolve(ANN)
+                assert raised.value.tombstone
+                assert len(str(raised.value)) >= length
+            assert len(str(raised.value)) == MAX_MESSAGE
 
 
 async def test_a_host_that_does_not_answer_in_time() -> None:
