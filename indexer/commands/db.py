@@ -10,7 +10,6 @@ import asyncio
 import functools
 import json
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,18 +41,23 @@ class Place:
     data_dir: Path
     daemon: Daemon
 
-    @contextmanager
-    def opened(self) -> Iterator[Database]:
+    def opened(self, *, any_format: bool = False) -> Database:
         """The database, in whatever mode it was made. Raises `StoreLocked` while a daemon holds it."""
-        with Database.open(self.data_dir / "db", memory_mib=self.settings.memory_mib, create=False) as db:
-            yield db
+        path, memory_mib = self.data_dir / "db", self.settings.memory_mib
+        if any_format:
+            return Database.open_unchecked(path, memory_mib=memory_mib)
+        return Database.open(path, memory_mib=memory_mib, create=False)
 
     def here_or_there(
-        self, here: Callable[[Database], dict[str, Any]], there: Callable[[Daemon], Awaitable[Any]]
+        self,
+        here: Callable[[Database], dict[str, Any]],
+        there: Callable[[Daemon], Awaitable[Any]],
+        *,
+        any_format: bool = False,
     ) -> dict[str, Any]:
         """``here`` on the database, or ``there`` with the daemon that holds it."""
         try:
-            with self.opened() as db:
+            with self.opened(any_format=any_format) as db:
                 return here(db)
         except StoreLocked as locked:
             try:
@@ -222,9 +226,10 @@ def backup(place: Place, dest: Path, raw: bool) -> None:
         with bar("backing up") as tell:
             return backups.backup(db, target, progress=tell)._asdict()
 
-    made = place.here_or_there(
-        here, lambda daemon: daemon.manage("POST", "/db/backup", {"to": str(target)}, patient=True)
-    )
+    def there(daemon: Daemon) -> Awaitable[Any]:
+        return daemon.manage("POST", "/db/backup", {"to": str(target)}, patient=True)
+
+    made = place.here_or_there(here, there, any_format=True)  # it is made before a migration, too
     if raw:
         click.echo(json.dumps(made))
     else:

@@ -105,9 +105,10 @@ def _copy_database(db: Database, target: FilePath, progress: Progress) -> int:
 
 def _describe(part: FilePath, target: FilePath, db_bytes: int, cas_bytes: int) -> Backup:
     """Opens the copy: a backup that cannot be opened is none."""
-    with Database.open(part / "db", create=False, read_only=True, memory_mib=32) as copy:
+    with Database.open_unchecked(part / "db", read_only=True, memory_mib=32) as copy:
         version = format_version(copy)
-        assert version is not None
+        if version is None:
+            raise StoreCorrupt(f"{part}: the database has no format version (cursors: format)")
         return Backup(
             str(target), time.time_ns() // 1000, version.written, _head(copy)[0], db_bytes, cas_bytes
         )

@@ -81,11 +81,11 @@ class Database(Reads):
         return database
 
     @classmethod
-    def open_unchecked(cls, path: FilePath, *, memory_mib: int = 64) -> Database:
+    def open_unchecked(cls, path: FilePath, *, memory_mib: int = 64, read_only: bool = False) -> Database:
         """Open the database in folder ``path`` whatever its mode, and its format unless that is newer;
-        for migrations and restores, which work on raw rows."""
+        for migrations, backups and restores, which work on raw rows or on files."""
         shared = rocks.budget(memory_mib)
-        database = cls(path, Mode(), _open_rocks(path, shared, create=False, read_only=False), shared)
+        database = cls(path, Mode(), _open_rocks(path, shared, create=False, read_only=read_only), shared)
         try:
             format_version(database)
         except BaseException:

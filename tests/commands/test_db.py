@@ -131,11 +131,16 @@ def test_migrate_brings_an_old_database_over(tmp_path: Path, capsys: Output) -> 
     load(0, tmp_path / "db")
     assert call("db", "check", "--data-dir", tmp_path) == 1
     assert "indexer db migrate" in capsys.readouterr().err
+    assert call("db", "backup", tmp_path / "before", "--data-dir", tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["format"] == 0
     assert call("db", "migrate", "--data-dir", tmp_path) == 0
     assert "format 0 is 1 now" in capsys.readouterr().out
     assert call("db", "migrate", "--data-dir", tmp_path) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert call("db", "check", "--data-dir", tmp_path) == 0
+    assert call("db", "restore", tmp_path / "before", "--data-dir", tmp_path / "again") == 0
+    assert call("db", "migrate", "--data-dir", tmp_path / "again") == 0
+    assert call("db", "check", "--data-dir", tmp_path / "again") == 0
 
 
 def test_no_database_is_one_line(tmp_path: Path, capsys: Output) -> None:
