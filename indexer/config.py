@@ -120,9 +120,7 @@ class NetworkSettings(Section):
         [],
         description="`host:port=address:port` overrides (curl --connect-to), for tests and local networks",
     )
-    dns_server: str = Field(
-        "", description="address:port of the server for handle lookups; empty: the system's"
-    )
+    dns_server: str = Field("", description="address:port that handle lookups ask; empty: the system's")
     connect_timeout: Duration = Field(5.0, description="time to connect to a host")
     timeout: Duration = Field(20.0, description="time for one small request")
 
@@ -208,9 +206,7 @@ class IngestSettings(Section):
 class BackfillSettings(Section):
     concurrency: int = Field(8, ge=1, description="repositories fetched at one time")
     per_host: int = Field(4, ge=1, description="fetches at one time from one host")
-    processes: int = Field(
-        1, ge=0, le=64, description="processes that verify fetched repositories and rebuild trees"
-    )
+    processes: int = Field(1, ge=0, le=64, description="processes that verify repositories and rebuild trees")
     source: Literal["pds", "relay"] = Field("pds", description="where getRepo is asked first")
     max_car_mib: int = Field(2048, ge=1, description="largest repository CAR")
     max_nodes: int = Field(5_000_000, ge=1, description="most tree nodes and records of one repository")
@@ -220,9 +216,7 @@ class BackfillSettings(Section):
     min_kib_per_s: float = Field(8.0, ge=0, description="slowest fetch that is tolerated")
     retry_min: Duration = Field(5.0, description="first wait after a failed fetch")
     retry_max: Duration = Field(3600.0, description="longest wait after a failed fetch")
-    min_rev_tries: int = Field(
-        5, ge=1, description="fetches below min_rev before one is accepted with a mark"
-    )
+    min_rev_tries: int = Field(5, ge=1, description="fetches below min_rev before one is taken marked")
 
 
 class ArchiveSettings(Section):
@@ -253,9 +247,7 @@ class StreamSettings(Section):
     slow_window: Duration = Field(60.0, description="window in which a reader is judged slow")
     slow_min_events_per_s: float = Field(10.0, ge=0, description="less than this, while far behind, is slow")
     slow_lag_events: int = Field(100_000, ge=1, description="how far behind the head counts as far")
-    cursor_notice_interval: Duration = Field(
-        10.0, description="time between Cursor notices to a filtered reader"
-    )
+    cursor_notice_interval: Duration = Field(10.0, description="time between notices to a filtered reader")
     max_options_kib: int = Field(64, ge=1, description="largest message or filter that a reader may send")
 
 
