@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from indexer.atproto import invert as invert_module
 from indexer.atproto import mst
+from indexer.atproto import node as node_module
 from indexer.atproto.car import read_car
 from indexer.atproto.cid import dag_cbor_cid, parse_cid
 from indexer.atproto.commit import decode_commit
@@ -173,34 +175,22 @@ def test_a_missing_node_on_the_way_is_insufficient() -> None:
             invert(after.root, rest, [op], earlier)
 
 
-class Bare(Recorder):
-    """Shows no node that is not asked for: what is recorded is what inversion cannot do without."""
-
-    def __contains__(self, key: object) -> bool:
-        return False
-
-
-def test_a_block_set_that_suffices_for_one_order_only_is_used_in_that_order() -> None:
+def test_both_orders_need_the_same_nodes() -> None:
+    """Each key that is taken out or put back needs the nodes on both its sides, whatever went before."""
     source = random.Random(5)
-    rescued = 0
-    for seed in range(150):
+    for seed in range(100):
         steps = [(source.choice([0, 0, 0, 1, 2]), source.randrange(10**6)) for _ in range(12)]
         before, after, ops = change(records_of(60, seed), steps, list(records_of(30, seed + 1000)))
         root, nodes = mst.build(sorted(after.items()))
         earlier = mst.build(sorted(before.items())).root
         ops.sort(key=lambda op: (op.action != "delete", op.path))
-        needed = Bare(nodes)
-        assert _Inversion(root, needed).run(ops[::-1], earlier) == earlier
-        blocks = {cid: nodes[cid] for cid in needed.asked}
-        try:
-            _Inversion(root, blocks).run(ops, earlier)
-        except MissingBlock:
-            rescued += 1
-        assert invert(root, blocks, ops, earlier) == earlier
-    assert rescued
+        one, other = Recorder(nodes), Recorder(nodes)
+        assert _Inversion(root, one).run(ops, earlier) == earlier
+        assert _Inversion(root, other).run(ops[::-1], earlier) == earlier
+        assert one.asked == other.asked
 
 
-def test_an_unread_node_left_on_top_is_insufficient_not_fraud() -> None:
+def test_an_absent_node_left_on_top_is_insufficient() -> None:
     high = key_on(2)
     low = key_on(0, high)
     after = slow_build({high: V, low: V})
@@ -209,10 +199,52 @@ def test_an_unread_node_left_on_top_is_insufficient_not_fraud() -> None:
     blocks = {root: after[1][root]}
     op = [Op("create", high, V, None)]
     # The child of the old root is an empty intermediate, which nobody can know who does not have it.
-    with pytest.raises(MissingBlock):
-        invert(root, blocks, op, slow_build({low: V})[0])
+    for earlier in (slow_build({low: V})[0], left, None):
+        with pytest.raises(MissingBlock):
+            invert(root, blocks, op, earlier)
     assert invert(root, after[1], op, slow_build({low: V})[0]) == slow_build({low: V})[0]
-    assert invert(root, blocks, op) == left
+
+
+def wide(prefix: str, layer: int, count: int) -> list[str]:
+    """The first so many keys of ``layer`` in one collection, sorted."""
+    found: list[str] = []
+    number = 0
+    while len(found) < count:
+        key = f"{prefix}/{number:08d}"
+        if layer_of(key) == layer:
+            found.append(key)
+        number += 1
+    return found
+
+
+def test_a_node_beside_many_creates_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    low, high = wide("com.example.a", 0, 500), wide("com.example.b", 1, 40)
+    neighbour = mst.build([(key, V) for key in low])
+    root, nodes = mst.build([(key, V) for key in low + high])
+    decoded: list[int] = []
+
+    def counted(block: bytes) -> node_module.Fields:
+        decoded.append(len(block))
+        return node_module.split_node(block)
+
+    monkeypatch.setattr(invert_module, "split_node", counted)
+    ops = [Op("create", key, V, None) for key in high]
+    for order in (ops, ops[::-1]):
+        decoded.clear()
+        assert _Inversion(root, nodes).run(order, neighbour.root) == neighbour.root
+        assert decoded == [len(nodes[neighbour.root])]
+
+
+def test_the_nodes_of_one_inversion_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = records_of(300)
+    path = next(path for path in records if layer_of(path) == 0)
+    after = mst.build(sorted(records.items()))
+    op = [Op("create", path, records[path], None)]
+    invert(after.root, after.nodes, op)
+    monkeypatch.setattr(invert_module, "MAX_LOADS", 1)
+    with pytest.raises(MstError, match="more than 1 nodes") as caught:
+        invert(after.root, after.nodes, op)
+    assert caught.value.reason == "tree_size"
 
 
 # --- operations that are not what the tree says -----------------------------------------------------------

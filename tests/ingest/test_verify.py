@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from indexer.atproto.commit import decode_commit
-from indexer.atproto.mst import EMPTY_ROOT
+from indexer.atproto.mst import EMPTY_ROOT, key_layer
+from indexer.atproto.node import encode_node
 from indexer.ingest.verify import Outcome, Verdict, VerifyLimits, verify_batch, verify_frame
 from indexer.simulator.account import Write
 from indexer.simulator.cbor import Link, block_cid, encode
@@ -232,6 +234,36 @@ def test_a_tampered_commit_fails_its_row(row: int, outcome: Outcome, reason: str
     assert (verdict.row, verdict.outcome, verdict.reason) == (row, outcome, reason), verdict.message
     assert verdict.message
     assert verdict.signed == (row not in range(1, 3) and row not in range(7, 13))
+
+
+def on_layer(collection: str, layer: int, count: int = 1) -> list[str]:
+    """The first so many paths of ``layer`` in a collection."""
+    paths = (f"{collection}/{number:08d}" for number in itertools.count())
+    return list(itertools.islice((path for path in paths if key_layer(path.encode()) == layer), count))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [on_layer("com.example.z", 3)[0], on_layer("com.example.a", 1)[0]],
+    ids=["layers skipped", "a key below the subtree on its left"],
+)
+@pytest.mark.parametrize("withheld", [True, False])
+def test_a_subtree_in_the_wrong_place_is_not_accepted_for_being_withheld(path: str, withheld: bool) -> None:
+    """A new root over the whole old tree: taking it off gives the old root, but the new tree breaks rules."""
+    forge = Forge()
+    forge.parts(*(create(old, old) for old in on_layer("com.example.m", 0, 3)))
+    assert forge.account.tree.root is not None
+    old_root, old_block = forge.account.data, forge.account.tree.root.block
+    parts = forge.parts(create(path, "new"))
+    record = bytes(forge.account.records[path].cid)
+    root = encode_node([path.encode()], [record], [old_root, None])
+    parts.data = block_cid(root)
+    parts.nodes = {parts.data: root} if withheld else {parts.data: root, old_root: old_block}
+    verdict = verdict_on(forge, parts.encode())
+    if withheld:
+        assert (verdict.row, verdict.outcome, verdict.reason) == (17, DESYNC, "insufficient"), verdict.message
+    else:
+        assert (verdict.row, verdict.outcome, verdict.reason) == (16, REJECT, "tree"), verdict.message
 
 
 def test_a_rev_in_the_future_is_refused() -> None:
