@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
 
 import click
 
@@ -53,12 +52,16 @@ def cli() -> None:
     """An AT Protocol indexer: follows the firehose, verifies everything, serves what it knows."""
 
 
-def main(arguments: list[str] | None = None) -> Any:
+def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; never shows a traceback for an error that we raise on purpose."""
     try:
-        return cli(arguments)
+        code = cli.main(arguments, standalone_mode=False)
     except IndexerError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,16 +1,15 @@
 """The one place where parts are built, started, drained and stopped.
 
-Owns the order of start and stop, the tasks of the background parts, and the signals. A part whose task
-ends unexpectedly takes the daemon down with an error: what is half alive loses events silently. Runs
-on one event loop.
+Owns the order of start and stop and the tasks of the background parts; signals are the command's. A
+part whose task ends unexpectedly takes the daemon down with an error: what is half alive loses events
+silently. Runs on one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
@@ -101,7 +100,7 @@ class Daemon:
         archives = await self._open_archives()
         self.backfill = Backfill(
             self.db, self.writer, workers, resolver, http, settings,
-            drain=self.ingest.drain, archives=archives,
+            drain=self.ingest.drain, woken=self.ingest.wake, archives=archives,
         )  # fmt: skip
         store_workers: dict[str, CheckpointWorker | BlocksGcWorker | RetentionWorker | Archives | Auditor] = {
             "checkpoint": CheckpointWorker(self.db, self.writer, settings.gc),
@@ -206,35 +205,12 @@ class Daemon:
                     raise IndexerError(f"no connection to the upstreams within {timeout:g} s") from None
                 raise
 
-    async def run_until_signal(self, timeout: float | None = None) -> None:
-        """Returns at SIGTERM, at SIGINT or after ``timeout`` seconds; raises what made a part fail."""
-        with _signals() as told:
-            done, _ = await asyncio.wait(
-                [told, self._failed], timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-        if self._failed in done:
+    async def wait_failed(self, timeout: float | None = None) -> None:
+        """Raises what makes a part fail; returns after ``timeout`` seconds without a failure."""
+        await asyncio.wait([self._failed], timeout=timeout)
+        if self._failed.done():
             await self._failed
 
 
 def _ours(error: BaseException) -> bool:
     return isinstance(error, IndexerError)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[asyncio.Future[None]]:
-    """A future that SIGTERM and SIGINT resolve."""
-    loop = asyncio.get_running_loop()
-    told: asyncio.Future[None] = loop.create_future()
-
-    def tell() -> None:
-        if not told.done():
-            told.set_result(None)
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, tell)
-    try:
-        yield told
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)

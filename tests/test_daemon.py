@@ -116,7 +116,7 @@ async def test_a_failed_commit_takes_the_daemon_down(tmp_path: Path, monkeypatch
         with pytest.raises(WriterPoisoned):
             await daemon.writer.run("test", lambda tx: tx.set_cursor("test", 1))
         with pytest.raises(StoreCorrupt, match="000012.sst"):
-            await daemon.run_until_signal(20)
+            await daemon.wait_failed(20)
         async with aiohttp.ClientSession() as http, http.get(f"{daemon.management_url}/readyz") as answer:
             assert answer.status == 503
 

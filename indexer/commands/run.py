@@ -1,9 +1,14 @@
-"""`indexer run`: the daemon in the foreground until SIGTERM or SIGINT."""
+"""`indexer run`: the daemon in the foreground until SIGTERM or SIGINT.
+
+Owns the event loop of a command and what a signal means to it: the main task is cancelled once, at any
+moment, and whatever it has open is closed in order.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import signal
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +30,43 @@ def run(file: Path | None) -> None:
     """
     settings = load(file)
     configure_logging(settings.log)
-    run_loop(_serve(settings))
+    run_until_signal(_serve(settings))
 
 
 async def _serve(settings: Settings) -> None:
     async with Daemon(settings) as daemon:
-        await daemon.run_until_signal()
+        await daemon.wait_failed()
 
 
-def run_loop(main: Coroutine[Any, Any, None]) -> None:
-    """Runs ``main`` on uvloop where it exists, else on asyncio's own loop."""
+def run_until_signal(main: Coroutine[Any, Any, None]) -> bool:
+    """Runs ``main``, on uvloop where it exists; false when SIGTERM or SIGINT ended it early."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     try:
         import uvloop
     except ImportError:
-        asyncio.run(main)
+        pass
     else:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(main)
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(_interruptible(main))
+
+
+async def _interruptible(main: Coroutine[Any, Any, None]) -> bool:
+    task = asyncio.ensure_future(main)
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        if not told:  # a second signal does not cut the drain short
+            told = True
+            task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, tell)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not told:
+            raise
+    return not told

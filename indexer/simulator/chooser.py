@@ -49,6 +49,11 @@ class Chooser:
         rng = Random(world.seed << 40 | world.steps)
         return self._rare(rng) or self._commit(rng)
 
+    @property
+    def _stays(self) -> Account:
+        """The network's first account never leaves: examples for people keep working."""
+        return next(iter(self._world.accounts.values()))
+
     def _rare(self, rng: Random) -> Happening | None:
         """A rare event, when the dice say so and the world allows it."""
         world, rates = self._world, self._rates
@@ -66,8 +71,8 @@ class Chooser:
         if len(world.active) < 4:  # a tiny network keeps its people
             return None
         account = rng.choice(world.active)
-        if not account.seen:  # who has a past is first seen by a commit
-            return None
+        if not account.seen or (kind == "delete" and account is self._stays):
+            return None  # who has a past is first seen by a commit
         did = account.did
         if kind == "handle":
             return world.set_handle(did, f"{rng.choice(NAMES)}-{world.steps}.{rng.choice(PLACES)}.test")
@@ -86,7 +91,7 @@ class Chooser:
         if away and (len(away) > 2 or rng.random() < 0.5):
             return world.set_status(rng.choice(away).did, ACTIVE)
         account = rng.choice(world.active)
-        if len(world.active) < 4 or not account.seen:
+        if len(world.active) < 4 or not account.seen or account is self._stays:
             return None
         status = rng.choice(("deactivated", "deactivated", "takendown", "suspended"))
         return world.set_status(account.did, status)

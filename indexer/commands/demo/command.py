@@ -29,13 +29,14 @@ from indexer.commands.demo.network import SimulatedNetwork
 from indexer.commands.demo.reader import CheckingReader, Fold
 from indexer.commands.demo.report import greet, one_line, read, summarise
 from indexer.commands.demo.table import Rates, render
-from indexer.commands.run import run_loop
+from indexer.commands.run import run_until_signal
 from indexer.config import LogSettings, Settings, load, parse_bind
 from indexer.daemon import Daemon
 from indexer.logs import configure_logging
 from indexer.store.check import check
 
 CATCH_UP_S = 60.0
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,14 @@ class Options:
     management: str
 
 
+def _address(_context: click.Context, _option: click.Parameter, value: str) -> str:
+    try:
+        parse_bind(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
 @click.command()
 @click.option(
     "--seconds", type=click.FloatRange(min=1), help="Stop after this time and compare with the ledger."
@@ -69,8 +78,12 @@ class Options:
     "--rate", type=click.FloatRange(min=0), default=120, show_default=True, help="Commits a second."
 )
 @click.option("--retention", default="10s", show_default=True, help="How long events are kept, or `forever`.")
-@click.option("--public", default="127.0.0.1:3000", show_default=True, help="Public address:port.")
-@click.option("--management", default="127.0.0.1:3001", show_default=True, help="Management address:port.")
+@click.option(
+    "--public", default="127.0.0.1:3000", show_default=True, callback=_address, help="Public address:port."
+)
+@click.option(
+    "--management", default="127.0.0.1:3001", show_default=True, callback=_address, help="Management one."
+)
 def demo(**arguments: Any) -> None:
     """Run the daemon against an embedded simulated network; no internet needed.
 
@@ -80,7 +93,9 @@ def demo(**arguments: Any) -> None:
     options = Options(**arguments)
     configure_logging(LogSettings(level="warning"))
     with _folder(options.data_dir) as folder:
-        run_loop(_demo(options, folder))
+        ended = run_until_signal(_demo(options, folder))
+    if not ended and options.seconds is not None:
+        sys.exit(INTERRUPTED)  # it was to compare, and did not
 
 
 @contextlib.contextmanager
@@ -110,7 +125,7 @@ async def _demo(options: Options, folder: Path) -> None:
             if options.seconds is None:
                 await network.resume()
                 greet(_console(options), daemon, ledger, ephemeral=options.ephemeral)
-                await _show(daemon, options, asyncio.create_task(daemon.run_until_signal()))
+                await _show(daemon, options, asyncio.create_task(daemon.wait_failed()))
             else:
                 reader = await _reader(options, network, daemon, ledger, fresh=fresh)
                 await network.resume()
@@ -143,7 +158,7 @@ def _settings(options: Options, data_dir: Path, network: SimulatedNetwork) -> Se
             "gc": {"checkpoint_interval": "2s", "ttl_interval": "2s", "blocks_interval": "2s"},
             "events": {"retention": options.retention},
             "ephemeral": {"enabled": options.ephemeral},
-        }
+        },
     )
 
 
@@ -215,7 +230,7 @@ async def _run_and_compare(
 ) -> None:
     reading = asyncio.create_task(reader.run())
     assert options.seconds is not None
-    stopped = asyncio.create_task(daemon.run_until_signal(options.seconds))
+    stopped = asyncio.create_task(daemon.wait_failed(options.seconds))
     await _show(daemon, options, stopped)
     await network.pause()
     ledger = await network.ledger(values=True)

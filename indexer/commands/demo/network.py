@@ -33,6 +33,19 @@ class SimulatedNetwork:
         self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    async def _start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "indexer", "simulate", *self._arguments,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
@@ -46,11 +59,8 @@ class SimulatedNetwork:
         urls = json.loads(line)
         self.plc_url, self.relay_url, self.control_url = urls["plc"], urls["relay"], urls["control"]
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60))
-        return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def _end(self) -> None:
         if self._http is not None:
             await self._http.close()
         if self._process is not None and self._process.returncode is None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -63,8 +66,8 @@ def greet(console: Console, daemon: Daemon, ledger: dict[str, Any], *, ephemeral
     """Where everything listens, and commands to try."""
     public, management = daemon.public_url, daemon.management_url
     repo, sync = f"{public}/xrpc/com.atproto.repo", f"{public}/xrpc/com.atproto.sync"
-    active = [did for did, account in ledger["accounts"].items() if account["status"] == "active"]
-    did = max(active, key=lambda did: len(ledger["accounts"][did]["records"]), default="")
+    did = next(iter(ledger["accounts"]), "")  # the network never takes its first account away
+    python = _interpreter()
     lines = [f"public      {public}", f"management  {management}", "", "Try:"]
     if did and not ephemeral:
         lines += [
@@ -73,12 +76,20 @@ def greet(console: Console, daemon: Daemon, ledger: dict[str, Any], *, ephemeral
             f"  curl -s -o repo.car '{sync}.getRepo?did={did}' && python -m indexer car verify repo.car",
         ]
     lines += [
-        f"  python -m indexer stream --url {public} --cursor 0 --collection app.bsky.feed.post",
+        f"  {python} -m indexer stream --url {public} --cursor 0 --collection app.bsky.feed.post",
         f"  curl -s {public}/stats",
         f"  curl -s {management}/repos",
         "",
     ]
     console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+
+
+def _interpreter() -> str:
+    """How a person in this folder names the interpreter that runs the demo."""
+    here = Path(sys.executable)
+    if here.is_relative_to(Path.cwd()):
+        return str(here.relative_to(Path.cwd()))
+    return "python" if shutil.which("python") == str(here) else str(here)
 
 
 def summarise(daemon: Daemon, reader: CheckingReader, differences: list[str]) -> dict[str, Any]:

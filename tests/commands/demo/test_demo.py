@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
@@ -103,3 +104,34 @@ def test_a_busy_port_falls_back_to_a_free_one() -> None:
         port = taken.getsockname()[1]
         assert _free_address(f"127.0.0.1:{port}") == "127.0.0.1:0"
     assert _free_address(f"127.0.0.1:{port}") == f"127.0.0.1:{port}"
+
+
+@pytest.mark.limit(60)
+async def test_a_signal_at_the_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    for number, arguments, code in (
+        (signal.SIGTERM, [], 0),
+        (signal.SIGINT, ["--seconds", "600"], 130),
+    ):
+        demo = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "indexer", "demo", "--public", "127.0.0.1:0", *arguments,
+            cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path), "INDEXER_UPSTREAMS": "ws://127.0.0.1:9"},
+            stdout=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            while not (made := list(tmp_path.glob("indexer-demo-*"))):
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.2)  # into whatever the start is doing
+            demo.send_signal(number)
+            assert await asyncio.wait_for(demo.wait(), 20) == code
+            assert not any(folder.exists() for folder in made)
+        finally:
+            if demo.returncode is None:
+                demo.kill()
+                await demo.wait()
+
+
+def test_a_malformed_address_is_named() -> None:
+    done = _demo("--public", "foo")
+    assert done.returncode == 2
+    assert "not an address:port: 'foo'" in done.stderr
+    assert "Traceback" not in done.stderr
