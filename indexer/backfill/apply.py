@@ -20,11 +20,11 @@ from typing import NamedTuple
 from indexer.atproto.types import Did
 from indexer.backfill.diff import Changes, StoredRecord, WantsCollection, diff, joined
 from indexer.backfill.queue import CLAIMED_DUE
-from indexer.backfill.rows import claimed, known_identity, with_word
+from indexer.backfill.rows import Asked, back_again, claimed, known_identity
 from indexer.backfill.verify import Verified, map_file, read_index
 from indexer.identity.resolver import Identity
 from indexer.store.archives import Archived
-from indexer.store.codecs import AccountStatus, RepoRow, SyncState, Work
+from indexer.store.codecs import RepoRow, SyncState, Work
 from indexer.store.database import Database
 from indexer.store.transaction import Transaction
 from indexer.store.writer import Writer
@@ -41,6 +41,7 @@ class Plan:
     index: FilePath
     wants: WantsCollection | None  # None: every collection
     identity: Identity
+    asked: Asked | None  # None: the CAR is not from the account's own PDS
     mark: str = ""  # stays in the row as its error
     archived: Archived | None = None  # the CAR in the archive, where there is one
 
@@ -101,8 +102,8 @@ class Unit:
             row = row._replace(complete=False, min_rev=rev if plan.mark else max(row.min_rev, rev))
         if self.last:
             row = known_identity(tx, did, row, plan.identity)
-            if not row.status.active:  # its PDS serves the repository: the account is back
-                row = with_word(tx, did, row, AccountStatus.ACTIVE)
+            if not row.status.active:
+                row = back_again(tx, did, row, plan.asked)
             row = finished(row, plan, waiting=tx.buffer_size(did)[0] > 0, now_us=tx.now_us)
             count_done(tx, plan)
             if plan.archived is not None:

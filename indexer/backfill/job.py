@@ -31,7 +31,7 @@ from indexer.backfill.outcome import (
     wants_fresh_identity,
     worth_another_host,
 )
-from indexer.backfill.rows import ClaimUnit, FailUnit, is_waiting
+from indexer.backfill.rows import Asked, ClaimUnit, FailUnit, asked_now, is_waiting
 from indexer.backfill.stats import Stats
 from indexer.backfill.verify import Verified, verify_car
 from indexer.config import Settings
@@ -63,6 +63,7 @@ class Tools:
     stats: Stats
     relay: str  # origin of the relay, "" when only PDSes are followed
     drain: Callable[[Did], Awaitable[object]]
+    woken: Callable[[Did], None]  # called when a row got work that is not the backfill's
     wants: Callable[[], WantsCollection | None]  # None: every collection
     jitter: Callable[[], float]
     archives: Archives | None  # None: no CAR is kept
@@ -73,6 +74,7 @@ class Obtained(NamedTuple):
 
     verified: Verified
     identity: Identity
+    asked: Asked | None  # of its own PDS; None when another host served it
     mark: str
 
 
@@ -172,6 +174,7 @@ class Job:
     async def _obtain_from(self, origin: str, identity: Identity, share: Share) -> Obtained:
         tools, limits = self._tools, self._tools.settings.backfill
         share.shrink()
+        asked = asked_now(tools.db, self._did) if origin == identity.pds else None
         fetched = await self._fetch(origin, share)
         tools.stats.fetched(fetched.size)
         verified = await tools.pool.run(
@@ -185,7 +188,7 @@ class Job:
         newest = time.time() + tools.settings.ingest.max_future
         if tid_micros(verified.rev) > newest * 1e6:
             raise CommitError(f"rev {verified.rev} lies in the future", reason="future_rev")
-        return Obtained(verified, identity, self._check_rev(verified))
+        return Obtained(verified, identity, asked, self._check_rev(verified))
 
     def _check_rev(self, verified: Verified) -> str:
         """The mark of a repository below `min_rev` that is taken all the same, "" for a newer one."""
@@ -232,13 +235,15 @@ class Job:
         async with archives.keeping(self._did, self._car) if archives else nullcontext() as archived:
             plan = Plan(
                 self._did, epoch, verified, self._car, Spool.index_path(self._car), tools.wants(),
-                obtained.identity, obtained.mark, archived,
+                obtained.identity, obtained.asked, obtained.mark, archived,
             )  # fmt: skip
             applied = await apply_repo(tools.db, tools.writer, plan, tools.settings.backfill.chunk_records)
         if applied.row is None:
             log.info("backfill_obsolete", did=self._did, changes=applied.changes)
             return
         tools.stats.applied(verified.records, applied.changes)
+        if applied.row.work & Work.CHECK_STATUS:
+            tools.woken(self._did)
         if applied.row.work & Work.DRAIN and applied.row.state is SyncState.BACKFILLING:
             await self._drain()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from indexer.atproto.types import Did, Micros
 from indexer.backfill.outcome import Failure, failed
@@ -17,7 +18,9 @@ from indexer.identity.resolver import Identity
 from indexer.ingest.account import CHECKED, effective, with_status
 from indexer.ingest.apply import with_identity
 from indexer.store.codecs import NEW_REPO, AccountStatus, AccountWord, RepoRow, SyncState, Work
+from indexer.store.database import Database
 from indexer.store.transaction import Transaction
+from indexer.store.writer import clock_us
 
 FETCHABLE = (SyncState.PENDING, SyncState.BACKFILLING, SyncState.DESYNCHRONIZED)
 
@@ -125,7 +128,7 @@ class FailUnit:
             bury(tx, self.did)
             return
         if self.failure.status is not None:
-            row = with_word(tx, self.did, row, self.failure.status)
+            row = with_word(tx, self.did, row, self.failure.status, tx.now_us)
         tx.set_repo(self.did, failed(row, self.failure, tx.now_us, self.settings, self.jitter))
 
 
@@ -142,12 +145,36 @@ def bury(tx: Transaction, did: Did) -> None:
         tx.set_repo(did, row._replace(tracked=True))
 
 
-def with_word(tx: Transaction, did: Did, row: RepoRow, status: AccountStatus) -> RepoRow:
+class Asked(NamedTuple):
+    """When an account's own PDS was asked for its repository, and the words about it that were known then."""
+
+    at: Micros
+    words: list[AccountWord]
+
+
+def asked_now(db: Database, did: Did) -> Asked:
+    return Asked(clock_us(), db.account_words(did))
+
+
+def back_again(tx: Transaction, did: Did, row: RepoRow, asked: Asked | None) -> RepoRow:
+    """The row of an account that was not active, once its repository is applied.
+
+    That its PDS serves the repository says that it is active, as of when it was asked. Another host's
+    copy (``asked`` is None) says nothing, and any newer word outweighs it: then the PDS is to be asked.
+    """
+    words = tx.account_words(did)
+    # Words that came in meanwhile are newer whatever the clocks of their hosts say.
+    if asked is None or words != asked.words or any(word.time > asked.at for word in words):
+        return row._replace(work=row.work | Work.CHECK_STATUS)
+    return with_word(tx, did, row, AccountStatus.ACTIVE, asked.at)
+
+
+def with_word(tx: Transaction, did: Did, row: RepoRow, status: AccountStatus, at: Micros) -> RepoRow:
     """The row after its PDS itself told the account's status; the log hears of a change.
 
-    Kept as the word of a check, so that later words of upstreams are weighed against it.
+    Kept as the word of a check at that time, so that other words of upstreams are weighed against it.
     """
-    word = AccountWord(CHECKED, status, status.active, 0, tx.now_us)
+    word = AccountWord(CHECKED, status, status.active, 0, at)
     tx.set_account_word(did, *word)
     words = [other for other in tx.account_words(did) if other.source != CHECKED]
     now = effective([*words, word], row.pds)

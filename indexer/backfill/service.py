@@ -67,6 +67,7 @@ class Backfill:
         settings: Settings,
         *,
         drain: Callable[[Did], Awaitable[object]],
+        woken: Callable[[Did], None],
         jitter: Callable[[], float] = random.random,
         archives: Archives | None = None,
     ) -> None:
@@ -81,7 +82,7 @@ class Backfill:
         #: What jobs work with.
         self.tools = Tools(
             db, writer, pool, resolver, http, settings, self._hosts, self._budget, self._spool, self._stats,
-            relay_origin(settings.upstreams), drain, self._wanted_collections, jitter, archives,
+            relay_origin(settings.upstreams), drain, woken, self._wanted_collections, jitter, archives,
         )  # fmt: skip
         self._resolver = resolver
         self._ready = ReadyQueue(WINDOW)

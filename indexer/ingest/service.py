@@ -55,9 +55,7 @@ class Ingest:
         self._space = asyncio.Event()
         self._space.set()
         tools = Tools(db, writer, pool, resolver, self._http, settings, routes, self._space)
-        self.applier = Applier(
-            filters.with_rows(db.filters()), tools, self._wake, ephemeral=db.mode.ephemeral
-        )
+        self.applier = Applier(filters.with_rows(db.filters()), tools, self.wake, ephemeral=db.mode.ephemeral)
         answers = Answers(tools, self.applier)
         self._drainer = Drainer(tools, self.applier, answers)
         self._due = DueWork(tools, answers, self._drainer)
@@ -75,7 +73,8 @@ class Ingest:
         """From the next frame on; storing them is the caller's."""
         self.applier.filters = filters
 
-    def _wake(self, did: Did) -> None:
+    def wake(self, did: Did) -> None:
+        """The repository's row has due work, committed by now."""
         self._due.add(did)
 
     async def run(self) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import orjson
 from aiohttp import web
 
+from indexer.atproto.frames import AccountFrame
 from indexer.atproto.types import Cid, Did
 from indexer.backfill import Backfill
 from indexer.backfill.job import Job
 from indexer.config import Settings
 from indexer.identity.http import HttpClient
 from indexer.identity.resolver import Resolver
+from indexer.ingest import Ingest
+from indexer.ingest.filters import Filters
 from indexer.pool import Pool
 from indexer.simulator.account import Account, Write
 from indexer.simulator.keys import SigningKey
@@ -25,7 +29,7 @@ from indexer.store.codecs import NEW_REPO, Event, Mode, RepoRow, SyncState, Work
 from indexer.store.database import Database
 from indexer.store.keyspaces import EVENTS
 from indexer.store.transaction import Transaction
-from indexer.store.writer import Writer
+from indexer.store.writer import Writer, clock_us
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -192,6 +196,7 @@ class World:
         self.host = host
         self.settings = settings(path, host, **sections)
         self.drained: list[Did] = []
+        self.woken: list[Did] = []
         self.can_drain = True
         #: Replays in place of `_pretend`.
         self.drain_with: Callable[[Did], Awaitable[object]] | None = None
@@ -215,7 +220,7 @@ class World:
         stack.push_async_callback(self.resolver.close)
         self.backfill = Backfill(
             self.db, self.writer, pool, self.resolver, http, self.settings, drain=self.drain,
-            jitter=lambda: 0.0,
+            woken=self.woken.append, jitter=lambda: 0.0,
         )  # fmt: skip
         self.spool = self.settings.data_dir / "spool"
         self.spool.mkdir(exist_ok=True)
@@ -297,10 +302,17 @@ class World:
             if event.did == one.did and event.kind == "record"
         ]
 
+    async def word(self, one: Account, source: str, active: bool, status: str | None = None) -> None:
+        """An `#account` of now comes in, and is taken by ingest."""
+        filters = Filters.of(self.settings.filter)
+        ingest = Ingest(self.db, self.writer, Pool(0), self.resolver, filters, self.settings)
+        frame = AccountFrame(clock_us(), one.did, datetime.now(UTC).isoformat(), active, status)
+        await self.writer.run("account", lambda tx: ingest.applier.account(tx, source, frame))
+
     def statuses(self, one: Account) -> list[str]:
         """The statuses of the repository's account events."""
         found = (event for event in self.log() if event.did == one.did and event.kind == "account")
-        return [event.fields["status"] for event in found]
+        return [event.fields.get("status", "active") for event in found]
 
     def log(self) -> list[Event]:
         return [decode_event(key, raw) for key, raw in self.db.scan(EVENTS)]

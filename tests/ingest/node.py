@@ -54,7 +54,14 @@ class Node:
         filters = Filters.of(settings.filter)
         self.ingest = Ingest(self.db, self.writer, pool, resolver, filters, settings)
         self.backfill = Backfill(
-            self.db, self.writer, pool, resolver, http, settings, drain=self.ingest.drain
+            self.db,
+            self.writer,
+            pool,
+            resolver,
+            http,
+            settings,
+            drain=self.ingest.drain,
+            woken=self.ingest.wake,
         )
         self.log = EventLog(self.db, self.writer)
         for part in (self.backfill, self.ingest):
