@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -53,12 +54,12 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _copy(target: Path) -> Path:
-    """The tracked files alone, so that builds leave nothing in the checkout."""
-    listed = _run("git", "ls-files", "-z", "indexer", "migrations", "*.toml", "*.md", "LICENSE-*", cwd=ROOT)
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_bytes((ROOT / name).read_bytes())
+    """What is built from, apart, so that builds leave nothing in the checkout."""
+    target.mkdir()
+    for name in ("indexer", "migrations"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (ROOT / "pyproject.toml", ROOT / "README.md", *ROOT.glob("LICENSE-*")):
+        shutil.copy(path, target)
     return target
 
 
