@@ -3,17 +3,17 @@
 Owns names, types, defaults, units and help texts; reads the TOML file and then the environment
 (``INDEXER_`` + name in capitals, ``__`` for the dot; lists are comma-separated). Whatever is unknown
 or malformed stops the start with a `ConfigError` that names it. No other module reads the environment.
+The forms of values are `indexer.setting_values`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -22,60 +22,27 @@ from pydantic_settings import (
 )
 
 from indexer.errors import ConfigError
+from indexer.setting_values import (
+    Bind,
+    Dids,
+    Directories,
+    Duration,
+    Folder,
+    Items,
+    Networks,
+    NsidPatterns,
+    Retention,
+    Upstreams,
+    check_lists,
+    describe,
+    is_loopback,
+)
+from indexer.setting_values import parse_bind as parse_bind
+from indexer.setting_values import parse_duration as parse_duration
 
 ENV_PREFIX = "INDEXER_"
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-
-
-def parse_duration(value: object) -> float:
-    """Seconds from ``"300s"``, ``"60m"``, ``"3d"``, ``"250ms"`` or a bare number of seconds."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = float(value)
-    else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)?\s*", str(value))
-        if match is None:
-            raise ValueError(f"not a duration: {value!r}; write it as 300s, 60m, 12h or 3d")
-        seconds = float(match[1]) * _UNITS[match[2] or "s"]
-    if not 0 <= seconds < 1e10:
-        raise ValueError(f"a duration must not be negative or endless: {value!r}")
-    return seconds
-
-
-def _retention(value: object) -> float | None:
-    if value is None or value == "forever":
-        return None
-    seconds = parse_duration(value)
-    if seconds <= 0:
-        raise ValueError("retention must be longer than zero, or 'forever'")
-    return seconds
-
-
-def _items(value: object) -> object:
-    """A comma-separated string (the environment's form) as a list; anything else as it is."""
-    if isinstance(value, str):
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return value
-
-
-def parse_bind(value: str) -> tuple[str, int]:
-    """``address:port`` split in two; ``[::1]:3000`` for IPv6, ``:3000`` is refused."""
-    host, _, port = value.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"not an address:port: {value!r}")
-    return host, int(port)
-
-
-def _bind(value: object) -> object:
-    if isinstance(value, str) and value:
-        parse_bind(value)
-    return value
-
-
-Duration = Annotated[float, BeforeValidator(parse_duration)]
-Retention = Annotated[float | None, BeforeValidator(_retention)]
-Items = Annotated[list[str], BeforeValidator(_items)]
-Bind = Annotated[str, BeforeValidator(_bind)]
+#: Settings that are never shown.
+SECRETS = frozenset({"management.token"})
 
 
 class Section(BaseModel):
@@ -88,24 +55,47 @@ class FilterSettings(Section):
     mode: Literal["full", "filter"] = Field(
         "filter", description="`full` follows every account that is seen; `filter` follows what is asked for"
     )
-    signals: Items = Field(
+    signals: NsidPatterns = Field(
         [], description="collections whose records make an unknown account wanted (`ns.*` allowed)"
     )
-    collections: Items = Field([], description="collections to keep; empty keeps all (`ns.*` allowed)")
-    excludes: Items = Field([], description="DIDs never to be followed")
+    collections: NsidPatterns = Field([], description="collections to keep; empty keeps all (`ns.*` allowed)")
+    excludes: Dids = Field([], description="DIDs never to be followed")
 
 
 class ListenerSettings(Section):
     bind: Bind = Field("127.0.0.1:3000", description="address:port; port 0 picks a free one")
-    trusted_proxies: Items = Field([], description="addresses or networks whose X-Forwarded-For is believed")
+    trusted_proxies: Networks = Field(
+        [], description="addresses or networks whose X-Forwarded-For is believed"
+    )
+    max_connections: int = Field(4000, ge=1, description="open connections in total")
+    max_connections_per_address: int = Field(
+        256, ge=1, description="open connections of one address; trusted proxies may have all"
+    )
+    header_timeout: Duration = Field(
+        10.0, gt=0, description="time for a new connection to send its first request's headers"
+    )
+    idle_timeout: Duration = Field(75.0, gt=0, description="how long a connection waits for its next request")
     max_sockets: int = Field(2000, ge=1, description="WebSocket readers in total")
     max_sockets_per_address: int = Field(100, ge=1, description="WebSocket readers of one address")
-    request_timeout: Duration = Field(30.0, description="longest time a query may take")
+    request_timeout: Duration = Field(30.0, gt=0, description="longest time a query may take")
+    answer_timeout: Duration = Field(3600.0, gt=0, description="longest time to read one streamed answer")
+    min_kib_per_s: float = Field(
+        64.0, ge=0, description="slowest mean rate at which a streamed answer may be read"
+    )
 
 
 class ManagementSettings(Section):
     bind: Bind = Field("127.0.0.1:3001", description="address:port; other than loopback needs a token")
     token: str = Field("", description="secret for `Authorization: Bearer` or Basic `admin:<token>`")
+
+    @model_validator(mode="after")
+    def _closed_or_secret(self) -> Self:
+        if not self.token and not is_loopback(self.bind):
+            raise ValueError(
+                f"management.bind is {self.bind}, which others can reach: "
+                "set management.token, or bind to 127.0.0.1"
+            )
+        return self
 
 
 class MetricsSettings(Section):
@@ -120,9 +110,9 @@ class NetworkSettings(Section):
         [],
         description="`host:port=address:port` overrides (curl --connect-to), for tests and local networks",
     )
-    dns_server: str = Field("", description="address:port that handle lookups ask; empty: the system's")
-    connect_timeout: Duration = Field(5.0, description="time to connect to a host")
-    timeout: Duration = Field(20.0, description="time for one small request")
+    dns_server: Bind = Field("", description="address:port that handle lookups ask; empty: the system's")
+    connect_timeout: Duration = Field(5.0, gt=0, description="time to connect to a host")
+    timeout: Duration = Field(20.0, gt=0, description="time for one small request")
 
 
 class IdentitySettings(Section):
@@ -161,10 +151,10 @@ class EventsSettings(Section):
 
 
 class GcSettings(Section):
-    checkpoint_interval: Duration = Field(300.0, description="time between folds of the reference log")
+    checkpoint_interval: Duration = Field(300.0, gt=0, description="time between folds of the reference log")
     checkpoint_rows: int = Field(100_000, ge=1, description="unfolded changes that bring the fold forward")
-    ttl_interval: Duration = Field(60.0, description="time between watermarks and prunes")
-    blocks_interval: Duration = Field(60.0, description="time between block collections")
+    ttl_interval: Duration = Field(60.0, gt=0, description="time between watermarks and prunes")
+    blocks_interval: Duration = Field(60.0, gt=0, description="time between block collections")
     step_rows: int = Field(2000, ge=1, description="rows handled in one step of a worker")
     wipe_point_rows: int = Field(
         20_000, ge=0, description="rows of a repository above which a wipe is by range"
@@ -187,9 +177,9 @@ class IngestSettings(Section):
     inflight_batches: int = Field(8, ge=1, description="batches under verification for a source")
     inflight_mib: int = Field(64, ge=1, description="bytes of frames under verification for a source")
     receive_timeout: Duration = Field(
-        60.0, description="silence, pings included, after which a connection is dropped"
+        60.0, gt=0, description="silence, pings included, after which a connection is dropped"
     )
-    reconnect_max: Duration = Field(60.0, description="longest wait between connection attempts")
+    reconnect_max: Duration = Field(60.0, gt=0, description="longest wait between connection attempts")
     buffer_frames_per_repo: int = Field(1000, ge=1, description="frames that wait for one repository")
     buffer_kib_per_repo: int = Field(16384, ge=1, description="KiB that wait for one repository")
     buffer_mib: int = Field(1024, ge=1, description="MiB of waiting frames in total")
@@ -212,7 +202,7 @@ class BackfillSettings(Section):
     max_nodes: int = Field(5_000_000, ge=1, description="most tree nodes and records of one repository")
     inflight_mib: int = Field(256, ge=1, description="bytes of CARs fetched and not yet applied")
     chunk_records: int = Field(1000, ge=1, description="records applied in one step")
-    timeout: Duration = Field(300.0, description="time for one fetch")
+    timeout: Duration = Field(300.0, gt=0, description="time for one fetch")
     min_kib_per_s: float = Field(8.0, ge=0, description="slowest fetch that is tolerated")
     retry_min: Duration = Field(5.0, description="first wait after a failed fetch")
     retry_max: Duration = Field(3600.0, description="longest wait after a failed fetch")
@@ -237,17 +227,23 @@ class XrpcSettings(Section):
     )
     tree_cache_mib: int = Field(64, ge=0, description="memory for rebuilt trees")
     max_concurrent: int = Field(256, ge=1, description="expensive queries at one time")
+    max_concurrent_per_address: int = Field(
+        32, ge=1, description="expensive queries of one address at one time"
+    )
 
 
 class StreamSettings(Section):
     batch_events: int = Field(256, ge=1, description="events encoded at once and shared by readers")
+    batch_kib: int = Field(512, ge=1, description="KiB of encoded events that end a batch early")
     cache_mib: int = Field(32, ge=1, description="memory for encoded events")
     send_buffer_kib: int = Field(1024, ge=64, description="bytes that may wait in one reader's socket")
-    ping_interval: Duration = Field(20.0, description="time between pings")
-    slow_window: Duration = Field(60.0, description="window in which a reader is judged slow")
+    ping_interval: Duration = Field(20.0, gt=0, description="time between pings")
+    slow_window: Duration = Field(60.0, gt=0, description="window in which a reader is judged slow")
     slow_min_events_per_s: float = Field(10.0, ge=0, description="less than this, while far behind, is slow")
     slow_lag_events: int = Field(100_000, ge=1, description="how far behind the head counts as far")
-    cursor_notice_interval: Duration = Field(10.0, description="time between notices to a filtered reader")
+    cursor_notice_interval: Duration = Field(
+        10.0, gt=0, description="time between notices to a filtered reader"
+    )
     max_options_kib: int = Field(64, ge=1, description="largest message or filter that a reader may send")
 
 
@@ -270,11 +266,11 @@ class Settings(BaseSettings):
         case_sensitive=False,
     )
 
-    data_dir: Path = Field(Path("data"), description="where everything is kept")
-    upstreams: Items = Field(
+    data_dir: Folder = Field(Path("data"), description="where everything is kept")
+    upstreams: Upstreams = Field(
         ["wss://relay1.us-east.bsky.network"], description="`wss://host` is a relay, `pds::wss://host` a PDS"
     )
-    plc_urls: Items = Field(["https://plc.directory"], description="PLC directories, tried in order")
+    plc_urls: Directories = Field(["https://plc.directory"], description="PLC directories, tried in order")
     verifiers: int = Field(1, ge=0, le=64, description="verifier processes; 0 verifies in the daemon itself")
     memory_mib: int = Field(256, ge=32, description="memory of the store: block cache and write buffers")
     filter: FilterSettings = FilterSettings()
@@ -357,12 +353,13 @@ def load(
             raise ConfigError(f"cannot read the settings file {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the settings file {file} is not valid TOML: {error}") from error
+        check_lists(tables, Settings)
     if environment:
         tables = _merge(tables, _environment())
     try:
         return Settings(**_merge(tables, overrides or {}))
     except ValidationError as error:
-        raise ConfigError(_describe(error)) from error
+        raise ConfigError(describe(error, SECRETS)) from error
 
 
 def _environment() -> dict[str, Any]:
@@ -383,16 +380,3 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
             else value
         )
     return merged
-
-
-def _describe(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown setting: {name}")
-        else:
-            lines.append(
-                f"setting {name}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
-            )
-    return "; ".join(lines)

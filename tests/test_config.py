@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from indexer.commands.config import cautions
 from indexer.config import Settings, env_name, load, parse_duration, setting_names
 from indexer.errors import ConfigError
 
@@ -66,12 +67,70 @@ def test_durations(text: str, seconds: float) -> None:
         ('[gc]\nttl_interval = "-5s"', "gc.ttl_interval"),
         ("verifiers = -1", "verifiers"),
         ("verifiers = [", "not valid TOML"),
+        ('data_dir = ""', "data_dir: it is empty"),
+        (
+            'upstreams = "wss://relay.test"',
+            'upstreams: a list belongs here: upstreams = ["wss://relay.test"]',
+        ),
+        ('[filter]\nsignals = "a.b.c"', "filter.signals: a list belongs here"),
+        ('upstreams = ["relay.test"]', "upstreams: not a URL"),
+        ('upstreams = ["https://relay.test"]', "upstreams: not a URL"),
+        ('upstreams = ["wss://"]', "upstreams: not a URL"),
+        ('upstreams = ["wss://relay.test:port"]', "upstreams: not a URL"),
+        ('upstreams = ["pds::relay.test"]', "upstreams: not a URL"),
+        ('plc_urls = ["wss://plc.test"]', "plc_urls: not a URL"),
+        ('[filter]\nsignals = ["app.*.b"]', "filter.signals"),
+        ('[filter]\ncollections = ["*"]', "filter.collections"),
+        ('[filter]\nexcludes = ["alice.test"]', "filter.excludes"),
+        ('[public]\ntrusted_proxies = ["10.0.0.0/33"]', "public.trusted_proxies"),
+        ('[network]\ndns_server = "9.9.9.9"', "network.dns_server"),
+        ('[management]\nbind = "0.0.0.0:3001"', "set management.token"),
+        ('[management]\nbind = "[::]:3001"', "set management.token"),
+        ('[events]\nretention = "5"', "events.retention: '5' has no unit; write it as 60m"),
+        *((f"[gc]\n{name} = 0", f"gc.{name}") for name in ("checkpoint_interval", "blocks_interval")),
+        ('[gc]\nttl_interval = "0s"', "gc.ttl_interval"),
+        ('[public]\nrequest_timeout = "0s"', "public.request_timeout"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, named: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(_file(tmp_path, text))
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'upstreams = ["ws://127.0.0.1:2470", "pds::wss://pds.test", "wss://relay.test:8443"]',
+        'plc_urls = ["http://127.0.0.1:2582", "https://plc.test/"]',
+        "upstreams = []",
+        '[management]\nbind = "0.0.0.0:3001"\ntoken = "t"',
+        '[management]\nbind = "[::1]:3001"',
+        '[filter]\nsignals = ["app.bsky.*", "a.b.c"]\nexcludes = ["did:web:a.b"]',
+        "[events]\nretention = 3600",
+    ],
+)
+def test_what_is_right_is_taken(tmp_path: Path, text: str) -> None:
+    load(_file(tmp_path, text))
+
+
+def test_no_message_shows_a_secret(tmp_path: Path) -> None:
+    for text in ('upstreams = ["wss://user:s3cret@relay.test"]', '[management]\ntoken = ["s3cret"]'):
+        with pytest.raises(ConfigError, match=r"upstreams|management\.token") as caught:
+            load(_file(tmp_path, text))
+        assert "s3cret" not in str(caught.value)
+
+
+def test_a_list_in_the_environment_is_not_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INDEXER_UPSTREAMS", '["wss://relay.test"]')
+    with pytest.raises(ConfigError, match=r"upstreams: JSON is not understood here; .* commas"):
+        load()
+
+
+def test_nothing_to_follow_is_said() -> None:
+    assert cautions(load()) == []
+    told = cautions(load(overrides={"upstreams": [], "plc_urls": []}))
+    assert [text.partition(" ")[0] for text in told] == ["upstreams", "plc_urls"]
 
 
 def test_an_unknown_variable_and_a_missing_file_are_named(

@@ -15,7 +15,8 @@ _BASE = {"errors", "config", "logs"}
 #: part → the other parts that it may import. A part is a folder or a module directly under indexer/.
 ALLOWED = {
     "errors": set[str](),
-    "config": {"errors"},
+    "setting_values": {"errors", "atproto"},
+    "config": {"errors", "setting_values"},
     "logs": {"config"},
     "pool": _BASE,
     "atproto": {"errors"},

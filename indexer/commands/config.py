@@ -15,9 +15,9 @@ import orjson
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from indexer.config import Bind, Duration, Items, Retention, Section, Settings, env_name, load
+from indexer.config import SECRETS, Section, Settings, env_name, load
+from indexer.setting_values import Bind, Duration, Items, Retention
 
-_SECRETS = {"management.token"}
 _TOML_HEAD = """\
 # Every setting with its default. Remove the "# " before a line to change it, then
 #   indexer run --config default.toml
@@ -125,6 +125,16 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def cautions(settings: Settings) -> list[str]:
+    """What is allowed but perhaps not meant, one sentence each."""
+    found = []
+    if not settings.upstreams:
+        found.append("upstreams is empty: no firehose is followed, repositories are only fetched on request")
+    if not settings.plc_urls:
+        found.append("plc_urls is empty: no did:plc can be resolved")
+    return found
+
+
 @click.group()
 def config() -> None:
     """Show and check settings."""
@@ -147,7 +157,7 @@ def show(file: Path | None, defaults: bool, markdown: bool, as_json: bool) -> No
         click.echo(as_markdown(rows) if markdown else as_toml(rows, reference=True), nl=False)
         return
     rows = [
-        row._replace(value="********") if row.name in _SECRETS and row.value else row
+        row._replace(value="********") if row.name in SECRETS and row.value else row
         for row in options(load(file))
     ]
     if as_json:
@@ -160,5 +170,6 @@ def show(file: Path | None, defaults: bool, markdown: bool, as_json: bool) -> No
 @_file
 def check(file: Path | None) -> None:
     """Check a settings file and the environment; exit code 1 and the setting's name when one is wrong."""
-    load(file)
+    for caution in cautions(load(file)):
+        click.echo(f"warning: {caution}", err=True)
     click.echo(f"{file or 'environment'}: ok")

@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import structlog
 
+from indexer.commands.config import cautions
 from indexer.config import Settings, load
 from indexer.daemon import Daemon
 from indexer.logs import configure_logging
+
+log = structlog.get_logger()
 
 
 @click.command()
@@ -30,6 +34,8 @@ def run(file: Path | None) -> None:
     """
     settings = load(file)
     configure_logging(settings.log)
+    for caution in cautions(settings):
+        log.warning("setting", caution=caution)
     run_until_signal(_serve(settings))
 
 

@@ -67,17 +67,6 @@ class Listener:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def is_loopback(bind: str) -> bool:
-    """Whether only this machine can reach the ``address:port``."""
-    host, _ = parse_bind(bind)
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def client_address(request: web.BaseRequest, trusted_proxies: Sequence[str]) -> str:
     """The address that the request comes from: the last one in X-Forwarded-For that no trusted proxy has."""
     address = request.remote or ""

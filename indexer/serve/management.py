@@ -20,7 +20,7 @@ from aiohttp.typedefs import Handler, Middleware
 from indexer.errors import ConfigError, RequestError
 from indexer.serve import health
 from indexer.serve.http_errors import error_response, errors_middleware, json_response
-from indexer.serve.listener import Listener, is_loopback
+from indexer.serve.listener import Listener
 from indexer.serve.management_archive import ARCHIVE, ArchiveRoutes
 from indexer.serve.management_db import DatabaseRoutes
 from indexer.serve.management_filter import FilterRoutes
@@ -46,11 +46,6 @@ class ManagementServer:
     def __init__(self, services: Services, public: PublicServer | None = None) -> None:
         self.services = services
         settings = services.settings
-        if not settings.management.token and not is_loopback(settings.management.bind):
-            raise ConfigError(
-                f"management.bind is {settings.management.bind}, which others can reach: "
-                "set management.token, or bind to 127.0.0.1"
-            )
         streams, xrpc = (public.streams, public.xrpc) if public else (None, None)
         self._metrics = Metrics(services, streams, xrpc)
         self._listener = Listener(self._app(), settings.management.bind, "management.bind")

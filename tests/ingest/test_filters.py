@@ -31,7 +31,7 @@ def test_settings_are_checked() -> None:
     assert filters.is_excluded("did:web:bad.example.com")
     for bad in ({"signals": ["nope"]}, {"collections": ["a.*b"]}, {"excludes": ["alice.test"]}):
         with pytest.raises(SyntaxInvalid):
-            Filters.of(FilterSettings(**bad))
+            Filters.checked("full", **{"signals": [], "collections": [], "excludes": [], **bad})
     with pytest.raises(SyntaxInvalid):
         Filters.checked("some", [], [], [])  # type: ignore[arg-type]
 

@@ -382,7 +382,7 @@ async def test_a_failed_pass_is_counted_and_tried_again(
 
 
 async def test_a_worker_ends_when_the_writer_is_closed(tmp_path: Path) -> None:
-    async with opened(tmp_path, gc={"blocks_interval": 0, "ttl_interval": 0}, events=HOUR) as store:
+    async with opened(tmp_path, gc={"blocks_interval": 0.001, "ttl_interval": 0.001}, events=HOUR) as store:
         await store.writer.stop()
         async with asyncio.timeout(5):
             await store.retention.run()

@@ -1,0 +1,169 @@
+"""The forms that setting values have: durations, lists, addresses, URLs, patterns, DIDs.
+
+Owns their parsing and the types that `indexer.config` declares its settings with. Whatever is malformed is
+a ValueError that shows the value, but never a secret inside it. Pure; no I/O.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
+
+from indexer.atproto.syntax import check_did, check_nsid_pattern
+from indexer.errors import ConfigError, SyntaxInvalid
+
+_PDS_PREFIX: Final = "pds::"
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def parse_duration(value: object) -> float:
+    """Seconds from ``"300s"``, ``"60m"``, ``"3d"``, ``"250ms"`` or a bare number of seconds."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = float(value)
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)?\s*", str(value))
+        if match is None:
+            raise ValueError(f"not a duration: {value!r}; write it as 300s, 60m, 12h or 3d")
+        seconds = float(match[1]) * _UNITS[match[2] or "s"]
+    if not 0 <= seconds < 1e10:
+        raise ValueError(f"a duration must not be negative or endless: {value!r}")
+    return seconds
+
+
+def _retention(value: object) -> float | None:
+    if value is None or value == "forever":
+        return None
+    if isinstance(value, str) and re.fullmatch(r"\s*[\d.]+\s*", value):
+        # 5 what? Events that are pruned too early do not come back.
+        raise ValueError(f"{value!r} has no unit; write it as 60m, 12h, 3d or forever")
+    seconds = parse_duration(value)
+    if seconds <= 0:
+        raise ValueError(f"retention must be longer than zero, or 'forever': {value!r}")
+    return seconds
+
+
+def _items(value: object) -> object:
+    """A comma-separated string (the environment's form) as a list; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith(("[", "{")):
+        raise ValueError(f"JSON is not understood here; separate the items by commas: {value!r}")
+    return [item.strip() for item in value.split(",") if item.strip()]
+
+
+def parse_bind(value: str) -> tuple[str, int]:
+    """``address:port`` split in two; ``[::1]:3000`` for IPv6, ``:3000`` is refused."""
+    host, _, port = value.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ValueError(f"not an address:port: {value!r}")
+    return host, int(port)
+
+
+def is_loopback(bind: str) -> bool:
+    """Whether only this machine can reach the ``address:port``."""
+    host, _ = parse_bind(bind)
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(value: object) -> object:
+    if isinstance(value, str) and value:
+        parse_bind(value)
+    return value
+
+
+def _path(value: object) -> object:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("it is empty; name a folder (. is the current one)")
+    return value
+
+
+def check_address(value: str, schemes: tuple[str, ...]) -> str:
+    """``value``, a URL of one of ``schemes`` with a host and without credentials; ValueError otherwise."""
+    try:
+        url = urlsplit(value)
+        usable = bool(url.hostname) and (url.port is None or url.port > 0)
+    except ValueError:
+        raise ValueError(f"not a URL: {value!r}") from None
+    if "@" in url.netloc:
+        raise ValueError(f"a URL must not carry credentials ({url.scheme}://…@{url.hostname})")
+    if url.scheme not in schemes or not usable or value != value.strip():
+        raise ValueError(f"not a URL of the form {schemes[0]}://host: {value!r}")
+    return value
+
+
+def _upstream(value: str) -> str:
+    check_address(value.removeprefix(_PDS_PREFIX), ("wss", "ws"))
+    return value
+
+
+def _directory(value: str) -> str:
+    return check_address(value, ("https", "http"))
+
+
+def _network(value: str) -> str:
+    ip_network(value, strict=False)
+    return value
+
+
+def _each(check: Callable[[str], str]) -> AfterValidator:
+    """Checks every item of a list; our own errors become the ValueError that pydantic expects."""
+
+    def checked(items: list[str]) -> list[str]:
+        try:
+            return [check(item) for item in items]
+        except SyntaxInvalid as error:
+            raise ValueError(str(error)) from error
+
+    return AfterValidator(checked)
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration)]
+Retention = Annotated[float | None, BeforeValidator(_retention)]
+Items = Annotated[list[str], BeforeValidator(_items)]
+Bind = Annotated[str, BeforeValidator(_bind)]
+Folder = Annotated[Path, BeforeValidator(_path)]
+NsidPatterns = Annotated[Items, _each(check_nsid_pattern)]
+Dids = Annotated[Items, _each(check_did)]
+Upstreams = Annotated[Items, _each(_upstream)]
+Directories = Annotated[Items, _each(_directory)]
+Networks = Annotated[Items, _each(_network)]
+
+
+def check_lists(tables: dict[str, Any], model: type[BaseModel], prefix: str = "") -> None:
+    """A file has lists where a list belongs; the comma-separated form is the environment's."""
+    for name, value in tables.items():
+        field = model.model_fields.get(name)
+        if field is None:
+            continue
+        if isinstance(value, dict) and isinstance(field.annotation, type):
+            if issubclass(field.annotation, BaseModel):
+                check_lists(value, field.annotation, f"{prefix}{name}.")
+        elif isinstance(value, str) and field.annotation == list[str]:
+            raise ConfigError(f"setting {prefix}{name}: a list belongs here: {name} = [{json.dumps(value)}]")
+
+
+def describe(error: ValidationError, secrets: Collection[str]) -> str:
+    """What is wrong with which settings, in one line."""
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        # Our own messages show the value where that helps; a secret is shown by none.
+        given = "" if item["type"] == "value_error" or name in secrets else f" (got {item['input']!r})"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown setting: {name}")
+        else:
+            lines.append(f"setting {name}: {item['msg'].removeprefix('Value error, ')}{given}")
+    return "; ".join(lines)
