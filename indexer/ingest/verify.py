@@ -214,6 +214,8 @@ def _plain_blocks(blocks: bytes, at: int) -> tuple[Spans, Blocks] | None:
                 if not 0 < high < 128:  # a block of 16 KiB or more, or a malformed length
                     return None
                 length += (high << 7) - 128
+            if length < 36:  # no room for its CID: what follows would be read twice
+                return None
             end = at + length
             cid = blocks[at : at + 36]
             at += 36

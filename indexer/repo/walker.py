@@ -15,12 +15,13 @@ from __future__ import annotations
 import gc
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice, pairwise
 from mmap import mmap
 from operator import lt
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from indexer.atproto.car import DEFAULT_LIMITS as CAR_LIMITS
 from indexer.atproto.car import Limits, read_header, read_varint, sections
@@ -110,23 +111,49 @@ def _index(
     roots, start = read_header(data, limits)
     if not roots:
         raise CarError("CAR has no root")
+    root = roots[0]
+    # What nobody signed is refused before it costs anything: finding 36 bytes takes a hundredth of the walk.
+    block = _early_block(data, start, root)
+    commit = None if block is None else _checked_commit(root, block, did, key)
     spans, blocks = _split(data, start, limits, verify_hashes)
-    span = spans.get(roots[0])
+    span = spans.get(root)
     if span is None:
-        raise MissingBlock(f"the commit {format_cid(roots[0])} is missing", cid=roots[0])
-    if roots[0][:4] != DAG_CBOR_PREFIX:
-        raise CommitError(f"the root {format_cid(roots[0])} is not a DAG-CBOR block")
-    commit_block = data[span[0] : span[1]]
-    commit = decode_commit(commit_block)
+        raise MissingBlock(f"the commit {format_cid(root)} is missing", cid=root)
+    if commit is None or block is None:
+        at = span >> 32
+        block = data[at : at + (span & _LENGTH)]
+        commit = _checked_commit(root, block, did, key)
+    records = _records(data, commit.data, spans, tree_limits.max_nodes)
+    return RepoIndex(commit, root, block, commit.data, records, blocks, len(data))
+
+
+def _early_block(data: bytes | mmap, start: int, root: Cid) -> bytes | None:
+    """The block of ``root`` where its CID first stands; None leaves the judgement to `_split`."""
+    place = data.find(root, start)
+    body = place + CID_LENGTH
+    for begin in range(place - 1, max(place - 3, start - 1), -1):  # a commit's length takes two bytes at most
+        with suppress(CarError):
+            length, behind = read_varint(data, begin)
+            block = data[body : place + length]
+            if behind == place and sha256(block).digest() == root[4:]:
+                return block
+    return None
+
+
+def _checked_commit(root: Cid, block: bytes, did: Did | None, key: DidKey | None) -> Commit:
+    if root[:4] != DAG_CBOR_PREFIX:
+        raise CommitError(f"the root {format_cid(root)} is not a DAG-CBOR block")
+    commit = decode_commit(block)
     if did is not None and commit.did != did:
         raise CommitError(f"the repository is of {commit.did}, not of {did}", reason="did_mismatch")
     if key is not None:
         check_signature(commit, key)
-    records = _records(data, commit.data, spans, tree_limits.max_nodes)
-    return RepoIndex(commit, roots[0], commit_block, commit.data, records, blocks, len(data))
+    return commit
 
 
-_Spans = dict[Cid, tuple[int, int]]
+#: CID → where its block starts, shifted by 32 bits, and its length: half the memory of a pair of numbers.
+_Spans = dict[Cid, int]
+_LENGTH: Final = (1 << 32) - 1
 
 
 def _split(data: bytes | mmap, at: int, limits: Limits, verify: bool) -> tuple[_Spans, int]:
@@ -135,7 +162,8 @@ def _split(data: bytes | mmap, at: int, limits: Limits, verify: bool) -> tuple[_
     Only what every good archive passes is decided here; `iter_blocks` says what is wrong with another.
     """
     first, size = at, len(data)
-    shortest, largest = CID_LENGTH, limits.max_block + CID_LENGTH
+    shortest, largest = CID_LENGTH, min(limits.max_block, _LENGTH) + CID_LENGTH
+    most = limits.max_blocks
     digest = sha256
     spans: _Spans = {}
     blocks = 0
@@ -143,27 +171,24 @@ def _split(data: bytes | mmap, at: int, limits: Limits, verify: bool) -> tuple[_
         while at < size:
             length = data[at]
             start = at + 1
-            if length < 0x80:
-                if length < shortest:
-                    break
-            else:
+            if length > 0x7F:
                 high = data[start]
                 if 0 < high < 0x80:
                     start += 1
                     length += (high << 7) - 0x80
                 else:
                     length, start = read_varint(data, at)
-                if length > largest:
-                    break
+            if not shortest <= length <= largest or blocks == most:
+                break
             at = start + length
             body = start + shortest
             cid = data[start:body]
             if verify and digest(data[body:at]).digest() != cid[4:]:
                 break
-            spans[cid] = (body, at)
+            spans[cid] = body << 32 | at - body
             blocks += 1
         else:
-            if at == size and blocks <= limits.max_blocks and _are_cids(b"".join(spans)):
+            if at == size and _are_cids(b"".join(spans)):
                 return spans, blocks
     except IndexError:  # the archive ends inside a length
         pass
@@ -197,10 +222,11 @@ def _records(
         check_layer(layer_keys, layer)
     values = walk.values
     paths = check_keys(walk.keys)
+    length = _LENGTH
     try:
         return [
-            (path, value, start, end)
-            for path, value, (start, end) in zip(paths, values, map(spans.__getitem__, values), strict=True)
+            (path, value, start := span >> 32, start + (span & length))
+            for path, value, span in zip(paths, values, map(spans.__getitem__, values), strict=True)
         ]
     except KeyError:
         path, value = next(pair for pair in zip(paths, values, strict=True) if pair[1] not in spans)
@@ -261,7 +287,8 @@ class _Walk:
         span = self._spans.get(cid)
         if span is None:
             raise MissingBlock(f"{describe(cid)} is missing", cid=cid)
-        node = split_node(self._data[span[0] : span[1]])
+        at = span >> 32
+        node = split_node(self._data[at : at + (span & _LENGTH)])
         self._check(cid, node)
         self._nodes += 1
         self._check_size()
@@ -282,6 +309,7 @@ class _Walk:
         """A node of layer 1 with the leaves below it: most of every tree, and so the tightest loop."""
         keys, values, spans, data = self.keys, self.values, self._spans, self._data
         bottom = self.layers[0]
+        length = _LENGTH
         node_keys, node_values, kids = node
         last = len(node_keys)
         self._nodes += last + 1 - kids.count(None)
@@ -290,7 +318,8 @@ class _Walk:
                 span = spans.get(kid)
                 if span is None:
                     raise MissingBlock(f"{describe(kid)} is missing", cid=kid)
-                leaf = split_node(data[span[0] : span[1]])
+                at = span >> 32
+                leaf = split_node(data[at : at + (span & length)])
                 leaf_keys, leaf_values, below = leaf
                 if not leaf_keys or (keys and leaf_keys[0] <= keys[-1]):
                     self._check(kid, leaf)
@@ -345,9 +374,6 @@ def load_repo(
     data = _sliceable(buffer)
     index = index_repo(data, did=did, key=key, limits=limits, tree_limits=tree_limits)
     return Repo(index.commit, index.commit_cid, index.commit_block, data, index)
-
-
-verify_repo = load_repo
 
 
 def walk_records(repo: Repo) -> Iterator[tuple[Path, Cid, bytes]]:

@@ -122,6 +122,13 @@ def _flip_last(blocks: bytes) -> bytes:
     return blocks[:-1] + bytes((blocks[-1] ^ 1,))
 
 
+def _section_shorter_than_its_cid(blocks: bytes) -> bytes:
+    """The CID of the empty block, whose last byte read again as a length leads on to a whole section."""
+    empty = block_cid(b"")
+    body = bytes(empty[-1] - 36)
+    return blocks + bytes((35,)) + empty + block_cid(body) + body
+
+
 def _foreign_key(_forge: Forge, parts: Parts) -> None:
     parts.key = SigningKey.derive(K256, "somebody else")
 
@@ -197,6 +204,7 @@ REFUSED: list[tuple[int, Outcome, str, Tamper]] = [
     (8, REJECT, "car", _blocks(_flip_last)),
     (8, REJECT, "car", _blocks(lambda blocks: b"\x00" + blocks)),
     (8, REJECT, "car", _stray_cid),
+    (8, REJECT, "car", _blocks(_section_shorter_than_its_cid)),
     (9, REJECT, "root", _no_commit_block),
     (9, REJECT, "root", _other_root),
     (10, REJECT, "commit_object", _body(version=2)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from indexer.atproto.cid import dag_cbor_cid, format_cid, raw_cid
 from indexer.atproto.commit import Commit, encode_commit
 from indexer.atproto.mst import TreeLimits
 from indexer.errors import BadInput, CarError, CommitError, MissingBlock, MstError, SignatureInvalid
+from indexer.repo import walker
 from indexer.repo.walker import RepoIndex, index_repo, load_repo, walk_chunks, walk_records
 from tests.atproto.slow_tree import cid_of, node
 from tests.atproto.test_mst import V, key_on, records_of
@@ -200,6 +202,28 @@ def test_limits() -> None:
                 index_repo(car, limits=limits, verify_hashes=verify)
     with pytest.raises(MstError, match="more than 20 nodes"):
         index_repo(car, tree_limits=TreeLimits(max_nodes=20))
+
+
+def test_blocks_are_counted_while_they_are_read() -> None:
+    _, blocks, root = made(5)
+    junk = b"".join(car_block(raw_cid(n.to_bytes(4)), n.to_bytes(4)) for n in range(20_000))
+    car = archive(root, blocks) + junk
+    tracemalloc.start()
+    try:
+        with pytest.raises(CarError, match="more than 100 blocks"):
+            index_repo(car, limits=Limits(max_blocks=100), verify_hashes=False)
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_commit_that_nobody_signed_is_refused_before_the_rest_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    car = sample("ten").car
+    monkeypatch.setattr(walker, "_split", lambda *_: pytest.fail("the blocks were read"))
+    with pytest.raises(SignatureInvalid):
+        index_repo(car, key=sample("kilo").truth["signingKey"])
 
 
 @pytest.mark.parametrize(
