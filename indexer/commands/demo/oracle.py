@@ -22,8 +22,12 @@ def behind(db: Database, ledger: dict[str, Any], *, ephemeral: bool) -> list[str
         if row is None:
             if not ephemeral:
                 late.append(did)
-        elif row.status.label != account["status"] or (
-            account["status"] == "active" and (row.state != SyncState.SYNCED or row.rev != account["rev"])
+        elif (
+            row.status.label != account["status"]
+            or (
+                account["status"] == "active" and (row.state != SyncState.SYNCED or row.rev != account["rev"])
+            )
+            or (account["status"] == "deleted" and db.records(did, limit=1))  # until it is confirmed
         ):
             late.append(did)
     return late
