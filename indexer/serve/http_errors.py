@@ -38,6 +38,12 @@ _NAMES = {
     415: "UnsupportedMediaType",
     426: "UpgradeRequired",
 }
+#: What else an answer of a status says
+_HEADERS = {
+    426: {"Upgrade": "websocket", "Connection": "Upgrade"},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+}
 
 
 def json_response(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -58,8 +64,9 @@ def as_response(error: Exception) -> web.Response:
     """The answer to an exception: bad input is the caller's, everything else ours (and logged)."""
     match error:
         case RequestError():
-            headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-            return error_response(error.status, error.name, str(error), headers)
+            return error_response(error.status, error.name, str(error), _HEADERS.get(error.status))
+        case web.HTTPRequestEntityTooLarge():
+            return error_response(413, "PayloadTooLarge", error.text or error.reason)
         case web.HTTPException():
             name = _NAMES.get(error.status, error.reason.replace(" ", ""))
             kept = {key: error.headers[key] for key in ("Allow",) if key in error.headers}

@@ -2,8 +2,9 @@
 
 Owns the sockets: limits, the loop that sends from the reader's position, pings, dead peers, closing.
 What is sent comes from `stream_batches`; what is asked for and what is too slow, from `stream_rules`.
-Frames are written to the transport already encoded, many at once, and `drain` is awaited after each write,
-so that a reader holds at most `stream.send_buffer_kib` in its socket. One event loop.
+Frames are written to the transport already encoded, a batch at once, and `drain` is awaited after each write,
+so that a reader holds at most `stream.send_buffer_kib` and one batch in its socket. A write never ends
+within a frame: pings and goodbyes come between. One event loop.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _DEAD_AFTER_PINGS = 2
 #: Time for a last frame to leave before the connection is cut, in seconds.
 _LINGER_S = 1.0
 
+_NO_UPGRADE = "this is a WebSocket: connect to ws://…/stream with a WebSocket client, or run `indexer stream`"
 _NORMAL, _GOING_AWAY, _POLICY, _OUR_FAULT = 1000, 1001, 1008, 1011
 
 
@@ -45,7 +47,7 @@ class HeadPulse:
 
     def __init__(self, services: Services) -> None:
         self._writer = services.writer
-        self._waiting: list[asyncio.Future[None]] = []
+        self._waiting: set[asyncio.Future[None]] = set()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -56,7 +58,7 @@ class HeadPulse:
             except WriterPoisoned:
                 # Nothing will be written any more; readers stay until the server says goodbye.
                 return
-            waiting, self._waiting = self._waiting, []
+            waiting, self._waiting = self._waiting, set()
             for waiter in waiting:
                 if not waiter.done():
                     waiter.set_result(None)
@@ -66,8 +68,11 @@ class HeadPulse:
         """Returns when the event with id ``position`` exists."""
         while self._writer.head <= position:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(waiter)
-            await waiter
+            self._waiting.add(waiter)
+            try:
+                await waiter
+            finally:  # a reader that leaves is waited for no longer
+                self._waiting.discard(waiter)
 
 
 class StreamHub:
@@ -82,6 +87,7 @@ class StreamHub:
             services.writer,
             services.log,
             batch_events=self.settings.batch_events,
+            batch_bytes=self.settings.batch_kib << 10,
             cache_bytes=self.settings.cache_mib << 20,
         )
         self.readers: set[Reader] = set()
@@ -131,6 +137,8 @@ class StreamHub:
                 compress=False,
                 max_msg_size=self.settings.max_options_kib << 10,
             )
+            if not socket.can_prepare(request):
+                raise RequestError(_NO_UPGRADE, status=426, name="UpgradeRequired")
             writer = await socket.prepare(request)
             reader = Reader(self, socket, writer, request, options)
             self.readers.add(reader)

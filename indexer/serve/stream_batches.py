@@ -1,15 +1,17 @@
 """The log as encoded frames, made once and shared by every reader.
 
-Owns a cache of batches, bounded in bytes: ids are cut into runs of equal length, a run's frames are encoded
-when its first reader comes, and the last run grows as the log grows. Holes in the ids (pruned, wiped, or
-left by a power cut) become `Skipped` notices. Runs on the event loop, never awaits, so it needs no lock.
+Owns a cache of batches, bounded in bytes. A batch begins where its first reader stands and ends with its
+run of ids, at the next batch, or once its frames reach `stream.batch_kib`: so neither an answer, nor what
+one step reads and encodes, grows with the size of records. The batch at the head grows with the log. Holes in
+the ids (pruned, wiped, or left by a power cut) become `Skipped` notices. Runs on the event loop, never
+awaits, so it needs no lock.
 
 Hot: about 9 µs an event to encode (row, block, JSON, frame), 0.2 µs to hand one to a further reader.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-#: bytes that an event costs in a batch beside its frame: tuples, ints, list slots
+#: bytes that an event costs in a batch beside its frame: tuples, ints, list slots; and those of a batch
 _OVERHEAD = 320
+_BATCH_OVERHEAD = 1200
+#: Most blocks read at once; fewer after large ones. So many of the largest records are 32 MiB.
+_BLOCKS_AT_ONCE = 32
 
 
 class Taken(NamedTuple):
@@ -40,7 +45,10 @@ class Taken(NamedTuple):
 
 
 class Batch:
-    """The frames of the ids from ``start`` to ``stop``; ``next_id`` is the first not yet encoded."""
+    """The frames of the ids from ``start`` to ``stop``; ``next_id`` is the first not yet encoded.
+
+    ``size`` is what it takes in memory, ``payload`` the bytes of its frames.
+    """
 
     __slots__ = (
         "_joined",
@@ -50,6 +58,7 @@ class Batch:
         "ids",
         "keys",
         "next_id",
+        "payload",
         "size",
         "start",
         "stop",
@@ -59,7 +68,8 @@ class Batch:
         self.start = start
         self.stop = stop
         self.next_id = start
-        self.size = _OVERHEAD
+        self.size = _BATCH_OVERHEAD
+        self.payload = 0
         self.ids: list[int] = []
         self.frames: list[bytes] = []
         #: None for notices
@@ -78,6 +88,7 @@ class Batch:
         self.ids.append(event_id)
         self.keys.append(key)
         self.frames.append(encoded)
+        self.payload += len(encoded)
         self.size += len(encoded) + _OVERHEAD
 
     def skip_to(self, next_id: int) -> None:
@@ -118,48 +129,88 @@ class Batch:
 class EncodedLog:
     """Batches of the log by position."""
 
-    def __init__(self, writer: Writer, events: EventLog, *, batch_events: int, cache_bytes: int) -> None:
+    def __init__(
+        self, writer: Writer, events: EventLog, *, batch_events: int, batch_bytes: int, cache_bytes: int
+    ) -> None:
         self._writer = writer
         self._events = events
         self._keeps_blocks = writer.db.mode.blocks
         self._seen_head = writer.head
         self._run = batch_events
+        self._most = batch_bytes
         self._budget = cache_bytes
+        self._at_once = _BLOCKS_AT_ONCE
+        #: by their first id, the one used last at the end; they never overlap
         self._batches: OrderedDict[int, Batch] = OrderedDict()
+        self._starts: list[int] = []
         self.size = 0
         self.hits = 0
         self.encoded = 0
 
     def take(self, position: int, wanted: EventFilter, zstd: bool) -> Taken:
-        """Frames from ``position`` (at least the floor, below the head) to the end of its run."""
+        """Frames from ``position`` (at least the floor, below the head) to the end of its batch."""
         self._forget_wiped()
         batch = self._batch(position)
         before = batch.size
-        if batch.is_full or batch.next_id >= self._writer.head:
-            self.hits += 1
-        else:
-            self._extend(batch)
-        taken = batch.take(position, zstd) if wanted.is_open else batch.take_wanted(position, wanted, zstd)
-        self.size += batch.size - before
-        while self.size > self._budget and len(self._batches) > 1:
-            self.size -= self._batches.popitem(last=False)[1].size
-        return taken
+        try:
+            if batch.is_full or batch.next_id >= self._writer.head:
+                self.hits += 1
+            else:
+                self._extend(batch)
+            if wanted.is_open:
+                return batch.take(position, zstd)
+            return batch.take_wanted(position, wanted, zstd)
+        finally:
+            self.size += batch.size - before
+            while self.size > self._budget and len(self._batches) > 1:
+                self._drop(next(iter(self._batches)))
+
+    def _drop(self, start: int) -> None:
+        self.size -= self._batches.pop(start).size
+        del self._starts[bisect_left(self._starts, start)]
 
     def _batch(self, position: int) -> Batch:
-        index = position // self._run
-        batch = self._batches.get(index)
-        if batch is None:
-            batch = Batch(max(index * self._run, self._events.floor), (index + 1) * self._run)
-            self._batches[index] = batch
-            self.size += batch.size
-        self._batches.move_to_end(index)
+        """The batch that holds ``position``, or a new one that begins there."""
+        after = bisect_right(self._starts, position)
+        if after and position < (batch := self._batches[self._starts[after - 1]]).stop:
+            if batch.start == position or position <= batch.next_id:
+                self._batches.move_to_end(batch.start)
+                return batch
+            # Not encoded so far, and perhaps more than one step away: that batch ends where it is.
+            batch.stop = max(batch.next_id, batch.start + 1)
+        stop = (position // self._run + 1) * self._run
+        if after < len(self._starts):
+            stop = min(stop, self._starts[after])
+        batch = Batch(position, stop)
+        self._batches[position] = batch
+        insort(self._starts, position)
+        self.size += batch.size
         return batch
 
     def _extend(self, batch: Batch) -> None:
+        """Encodes on to the batch's end, or to the head; at the byte limit the batch ends there."""
         page = self._events.page(batch.next_id, batch.stop - batch.next_id)
         events = [event for event in page.events if event.id < batch.stop]
+        done = 0
+        while done < len(events) and batch.payload < self._most:
+            done += self._encode(batch, events[done : done + self._at_once])
+        self.encoded += done
+        if batch.payload >= self._most:
+            batch.stop = min(batch.stop, batch.next_id)
+        if done < len(events):
+            return
+        beyond = page.events[done].id if done < len(page.events) else page.next
+        if batch.next_id < min(batch.stop, beyond):
+            batch.skip_to(beyond)
+
+    def _encode(self, batch: Batch, events: list[Event]) -> int:
+        """Appends events until the batch is full; how many."""
         append, lost = batch.append, self._keeps_blocks
-        for event, block in zip(events, self._events.blocks(events), strict=True):
+        blocks = self._events.blocks(events)
+        self._pace(sum(len(block) for block in blocks if block is not None))
+        for index, (event, block) in enumerate(zip(events, blocks, strict=True)):
+            if batch.payload >= self._most:
+                return index
             if event.id > batch.next_id:
                 batch.skip_to(event.id)
             if event.kind != "record":
@@ -173,10 +224,14 @@ class EncodedLog:
                 encoded = wire.record_frame(event, _json(event, block))
                 append(event.id, (event.did, event.collection), encoded)
             batch.next_id = event.id + 1
-        self.encoded += len(events)
-        beyond = page.events[len(events)].id if len(events) < len(page.events) else page.next
-        if batch.next_id < min(batch.stop, beyond):
-            batch.skip_to(beyond)
+        return len(events)
+
+    def _pace(self, read: int) -> None:
+        """Large blocks are read fewer at once: what does not fit into a batch is read again."""
+        if read > self._most:
+            self._at_once = max(1, self._at_once // 4)
+        elif read < self._most // 4:
+            self._at_once = min(_BLOCKS_AT_ONCE, self._at_once * 2)
 
     def _append_other(self, batch: Batch, event: Event) -> None:
         if event.kind == "sync":
@@ -192,6 +247,7 @@ class EncodedLog:
             wipes = self._writer.state.wipes.by_did
             if wipes and max(wipe.head for wipe in wipes.values()) >= self._seen_head:
                 self._batches.clear()
+                self._starts.clear()
                 self.size = 0
             self._seen_head = head
 

@@ -22,7 +22,7 @@ _ERRORS = [
     ("POST", "/xrpc/com.atproto.repo.getRecord", 405, "InvalidRequest"),
     ("GET", "/nothing", 404, "NotFound"),
     ("POST", "/health", 405, "MethodNotAllowed"),
-    ("GET", "/stream", 400, "InvalidRequest"),
+    ("GET", "/stream", 426, "UpgradeRequired"),
 ]
 
 

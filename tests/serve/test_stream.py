@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -179,6 +180,59 @@ async def test_the_cache_keeps_within_its_bytes(tmp_path: Path) -> None:
         assert encoded.size == sum(batch.size for batch in encoded._batches.values())
 
 
+async def test_large_records_end_a_batch_early(tmp_path: Path) -> None:
+    """Neither what is sent at once nor what is read at once grows with the records' size."""
+    async with running(tmp_path, stream={"batch_kib": 64}) as node:
+
+        def work(tx: Transaction) -> None:
+            for number in range(40):
+                put(tx, ALICE, f"{POST}/{number}", text=f"{number}" + "x" * 100_000)
+
+        await node.writer.run("large", work)
+        encoded, events = node.public.streams.encoded, node.services.log
+        read: list[int] = []
+        blocks = events.blocks
+
+        def counted(asked: Any) -> Any:
+            read.append(len(asked))
+            return blocks(asked)
+
+        encoded._events = SimpleNamespace(page=events.page, blocks=counted, floor=1)  # type: ignore[assignment]
+        position, sent = 1, []
+        while position < 41:
+            taken = encoded.take(position, EventFilter(), False)
+            sent.append(len(taken.payload))
+            position = taken.next_id
+        assert len(sent) == 40
+        assert max(sent) < (64 << 10) + 110_000
+        assert read[:4] == [32, 8, 2, 1]
+        assert set(read[4:]) == {1}
+        async with _reader(node, "cursor=0") as socket:
+            assert _ids(await messages(socket, 40)) == list(range(1, 41))
+
+
+async def test_a_plain_request_is_told_what_this_is(tmp_path: Path) -> None:
+    async with running(tmp_path) as node, node.http.get(f"{node.public.url}/stream") as response:
+        answer = await response.json()
+        assert (response.status, answer["error"]) == (426, "UpgradeRequired")
+        assert response.headers["Upgrade"] == "websocket"
+        assert "WebSocket client" in answer["message"]
+
+
+async def test_readers_that_left_are_not_waited_for(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        pulse = node.public.streams.pulse
+        for _ in range(3):
+            async with _reader(node):
+                async with asyncio.timeout(5):
+                    while not pulse._waiting:
+                        await asyncio.sleep(0.001)
+            async with asyncio.timeout(5):
+                while node.public.streams.addresses:
+                    await asyncio.sleep(0.001)
+            assert not pulse._waiting
+
+
 async def test_zstd_messages_are_frames_of_their_own(tmp_path: Path) -> None:
     async with running(tmp_path, stream=FAST) as node:
         await _posts(node, 0, 10)
@@ -326,12 +380,20 @@ async def test_a_stopping_server_says_goodbye(tmp_path: Path) -> None:
         assert socket.close_code == 1001
 
 
-@pytest.mark.parametrize("seed", range(4))
-async def test_takes_agree_with_a_plain_read_of_the_log(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "sizes"),
+    [
+        *((seed, {"batch_events": 5}) for seed in range(4)),
+        *((seed, {"batch_events": 40, "batch_kib": 1, "cache_mib": 1}) for seed in range(4)),
+    ],
+)
+async def test_takes_agree_with_a_plain_read_of_the_log(
+    tmp_path: Path, seed: int, sizes: dict[str, int]
+) -> None:
     """From any position, whatever was encoded before: the events of the log, in order, each once."""
     chance = random.Random(seed)
     dids = [f"did:plc:{letter * 24}" for letter in "abcd"]
-    async with running(tmp_path, stream={"batch_events": 5}) as node:
+    async with running(tmp_path, stream=sizes) as node:
         encoded, events = node.public.streams.encoded, node.services.log
 
         def ids_from(position: int, wanted: EventFilter) -> list[int]:
@@ -360,6 +422,9 @@ async def test_takes_agree_with_a_plain_read_of_the_log(tmp_path: Path, seed: in
             assert ids_from(start, EventFilter()) == [event.id for event in plain]
             wanted = EventFilter(dids=frozenset({did}))
             assert ids_from(start, wanted) == [event.id for event in plain if event.did == did]
+            batches = list(encoded._batches.values())
+            assert encoded.size == sum(batch.size for batch in batches)
+            assert encoded._starts == sorted(encoded._batches)
 
 
 def _texts(payload: bytes) -> list[bytes]:
