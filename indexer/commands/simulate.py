@@ -124,6 +124,7 @@ def _tell(network: SimulatedNetwork, as_json: bool) -> None:
         "relay": network.relay_url,
         "pds": network.pds_urls,
         "control": network.control_url,
+        "dns": network.dns_address,
     }
     if as_json:
         print(json.dumps(addresses), flush=True)

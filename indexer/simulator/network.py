@@ -14,13 +14,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from indexer.simulator.account import ActionError
+from indexer.simulator.account import DELETED, ActionError
 from indexer.simulator.chooser import Chooser, Rates, past
 from indexer.simulator.control import control_app
 from indexer.simulator.framelog import FrameLog, Lane
 from indexer.simulator.journal import Journal, JournalError, Place
 from indexer.simulator.listener import Listener
-from indexer.simulator.servers import pds_app, plc_app, relay_app
+from indexer.simulator.names import NameServer
+from indexer.simulator.servers import by_handle, pds_app, plc_app, relay_app
 from indexer.simulator.world import Clock, Happening, World
 
 _TURN_S = 0.01
@@ -58,6 +59,7 @@ class SimulatedNetwork:
         self.relay = Lane(self._log)
         self._listeners: dict[str, Listener] = {}
         self._ports: dict[str, int] = {}
+        self._names = NameServer(self._did_of)
         self.pds_lanes: list[Lane] = []
         self.world: World
         try:
@@ -88,6 +90,11 @@ class SimulatedNetwork:
     def control_url(self) -> str:
         return self._listeners["control"].url
 
+    @property
+    def dns_address(self) -> str:
+        """``address:port`` of the name server, for `network.dns_server`."""
+        return f"{self.config.host}:{self._names.port}"
+
     # -- life
 
     async def start(self) -> None:
@@ -96,7 +103,9 @@ class SimulatedNetwork:
         for offset, (name, app) in enumerate(apps.items()):
             wanted = self.config.port_base + offset if self.config.port_base else self._ports.get(name, 0)
             self._listeners[name] = await Listener.open(app, self.config.host, wanted)
+        await self._names.open(self.config.host, self._ports.get("dns", 0))
         self._ports = {name: listener.port for name, listener in self._listeners.items()}
+        self._ports["dns"] = self._names.port
         self._journal.append({"kind": "ports", "ports": self._ports}, [])
         if not self.config.paused:
             self._running.set()
@@ -107,6 +116,7 @@ class SimulatedNetwork:
             self._generator.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._generator
+        self._names.close()
         await asyncio.gather(*(listener.close() for listener in self._listeners.values()))
         self._journal.close()
 
@@ -182,6 +192,10 @@ class SimulatedNetwork:
         return {"seq": self.relay.seq, "commits": self.commits, "accounts": accounts}
 
     # -- inside
+
+    def _did_of(self, handle: str) -> str | None:
+        account = by_handle(self, handle)
+        return None if account is None or account.status == DELETED else account.did
 
     def _open(self) -> World:
         """The world of the journal, or a new one with its first accounts."""

@@ -62,7 +62,7 @@ def pds_app(network: SimulatedNetwork, number: int) -> web.Application:
     def hosted(request: web.Request, name: str = "did") -> Account:
         """The account asked for, if it is here and may be shown."""
         did = request.query.get(name, "")
-        account = world.accounts.get(did) or _by_handle(network, did)
+        account = world.accounts.get(did) or by_handle(network, did)
         if account is None or account.status == DELETED:
             raise _Refused("RepoNotFound", f"Could not find repo for DID: {did}")
         if account.pds != number:
@@ -114,7 +114,7 @@ def pds_app(network: SimulatedNetwork, number: int) -> web.Application:
         return _page_of_records(request, hosted(request, "repo"))
 
     async def well_known(request: web.Request) -> web.StreamResponse:
-        account = _by_handle(network, (request.host or "").rpartition(":")[0] or request.host)
+        account = by_handle(network, (request.host or "").rpartition(":")[0] or request.host)
         if account is None or account.status == DELETED:
             raise web.HTTPNotFound(text="User not found")
         return web.Response(text=account.did)
@@ -212,7 +212,7 @@ def _app(routes: dict[str, Handler]) -> web.Application:
 
 def _resolver(network: SimulatedNetwork) -> Handler:
     async def resolve_handle(request: web.Request) -> web.StreamResponse:
-        account = _by_handle(network, request.query.get("handle", ""))
+        account = by_handle(network, request.query.get("handle", ""))
         if account is None:
             return refuse("HandleNotFound", "Unable to resolve handle")
         return reply({"did": account.did})
@@ -220,7 +220,7 @@ def _resolver(network: SimulatedNetwork) -> Handler:
     return resolve_handle
 
 
-def _by_handle(network: SimulatedNetwork, handle: str) -> Account | None:
+def by_handle(network: SimulatedNetwork, handle: str) -> Account | None:
     wanted = handle.lower()
     return next((item for item in network.world.accounts.values() if item.handle == wanted), None)
 

@@ -154,7 +154,7 @@ def _settings(options: Options, data_dir: Path, network: SimulatedNetwork) -> Se
             "filter": {"mode": "full"},
             "public": {"bind": _free_address(options.public)},
             "management": {"bind": _free_address(options.management)},
-            "network": {"allow_private": True},
+            "network": {"allow_private": True, "dns_server": network.dns_address},
             "gc": {"checkpoint_interval": "2s", "ttl_interval": "2s", "blocks_interval": "2s"},
             "events": {"retention": options.retention},
             "ephemeral": {"enabled": options.ephemeral},

@@ -24,6 +24,7 @@ class SimulatedNetwork:
     plc_url: str
     relay_url: str
     control_url: str
+    dns_address: str
 
     def __init__(self, state: Path, options: dict[str, str]) -> None:
         self._arguments = ["--state", str(state), "--exit-with-parent", "--json"]
@@ -58,6 +59,7 @@ class SimulatedNetwork:
             )
         urls = json.loads(line)
         self.plc_url, self.relay_url, self.control_url = urls["plc"], urls["relay"], urls["control"]
+        self.dns_address = urls["dns"]
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60))
 
     async def _end(self) -> None:
