@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from secrets import token_bytes
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import cbor2
@@ -27,6 +28,8 @@ from indexer.errors import FrameError
 MAX_FRAME_BYTES = 5_000_000
 MAX_BLOCKS_BYTES = 2_000_000
 MAX_OPS = 200
+#: All of a frame but its ``blocks``: 200 operations with paths of 830 bytes and two links are 190 KB.
+MAX_FIELDS_BYTES = 256 << 10
 
 
 class FrameOp(NamedTuple):
@@ -115,6 +118,10 @@ _HEADERS: dict[str, bytes] = {name: encode_dag_cbor({"op": 1, "t": name}) for na
 _ERROR_HEADER: bytes = encode_dag_cbor({"op": -1})
 _COMMIT_HEADER = _HEADERS["#commit"]
 _COMMIT_HEADER_LEN = len(_COMMIT_HEADER)
+#: Key and head of `blocks` of 64 KiB to 16 MiB. No field before it can hold a zero byte.
+_LONG_BLOCKS = b"\x66blocks\x5a\x00"
+_LONG = 1 << 16
+_STAND_IN = token_bytes(16)  # nobody else knows it
 
 _LINKS = (DATA_PREFIX, b"\x01\x55\x12\x20")  # a record's may also be raw
 _new: Any = tuple.__new__  # a NamedTuple without its slower constructor
@@ -129,10 +136,12 @@ def decode_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> Frame:
 
     Raises `FrameError`: ``fatal`` when the connection cannot be trusted any more (row 0: size, CBOR,
     canonical form, framing); otherwise only this message is bad (rows 1 and 2), with ``reason``
-    ``fields``, ``blocks_size`` or ``ops_count``.
+    ``fields``, ``blocks_size`` or ``ops_count``. What it costs is bounded by `MAX_FIELDS_BYTES`.
     """
     if len(data) > max_bytes:
         raise FrameError(f"a frame of {len(data)} bytes; the limit is {max_bytes}")
+    if len(data) > MAX_FIELDS_BYTES + _LONG:
+        return _decode_long(data)
     if data[:_COMMIT_HEADER_LEN] == _COMMIT_HEADER:
         body = data[_COMMIT_HEADER_LEN:]
         try:
@@ -145,8 +154,24 @@ def decode_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> Frame:
     return _decode_any(data)
 
 
-def _decode_any(data: bytes) -> Frame:
-    """Any frame, without the short cuts."""
+def _decode_long(data: bytes) -> Frame:
+    """A frame that is only worth decoding when nearly all of it is `blocks`, which are set aside for that.
+
+    What stands for them is unknown to the sender, so finding it as the value of ``blocks`` proves that the
+    bytes left out are just that value.
+    """
+    head = data.find(_LONG_BLOCKS) + len(_LONG_BLOCKS) - 2
+    start = head + 5
+    size = int.from_bytes(data[head + 1 : start], "big") if head > len(_COMMIT_HEADER) else 0
+    rest = len(data) - size
+    if size < _LONG or rest < start or rest > MAX_FIELDS_BYTES:
+        text = f"a frame of {len(data)} bytes, of which more than {MAX_FIELDS_BYTES} are not 'blocks'"
+        raise FrameError(text, reason="fields", fatal=False)
+    return _decode_any(data[:head] + b"\x50" + _STAND_IN + data[start + size :], data[start : start + size])
+
+
+def _decode_any(data: bytes, blocks: bytes | None = None) -> Frame:
+    """Any frame, without the short cuts. ``blocks``: what `_STAND_IN` stands for, None where it does not."""
     try:
         objects = decode_dag_cbor_multi(data)
         canonical = b"".join([encode_dag_cbor(item) for item in objects]) == data
@@ -159,6 +184,10 @@ def _decode_any(data: bytes) -> Frame:
     if len(objects) != 2 or type(objects[0]) is not dict or type(objects[1]) is not dict:
         raise FrameError(f"a frame must be a header map and a payload map; {len(objects)} objects found")
     header, payload = objects
+    if blocks is not None:
+        if payload.get("blocks") != _STAND_IN:
+            raise FrameError("a long frame hides its 'blocks'", reason="fields", fatal=False)
+        payload["blocks"] = blocks
     op, name = header.get("op"), header.get("t")
     if type(op) is not int:
         raise FrameError("a frame's header has no integer 'op'")

@@ -317,6 +317,63 @@ def test_a_byte_string_in_the_place_of_a_link_is_a_wrong_type() -> None:
 
 
 @pytest.mark.parametrize("build", [commit, sync])
+@pytest.mark.parametrize("size", [65_535, 65_536, 262_000, 320_000, 400_000, 2_000_000])
+def test_long_blocks_come_out_as_they_went_in(build: Callable[..., dict[str, Any]], size: int) -> None:
+    name = "#commit" if build is commit else "#sync"
+    blocks = (b"\x66blocks\x5a\x00\x01\x00\x00:" * size)[:size]
+    long, short = (decode_frame(message(name, build(blocks=it))) for it in (blocks, b":car"))
+    assert isinstance(long, CommitFrame | SyncFrame)
+    assert isinstance(short, CommitFrame | SyncFrame)
+    assert long.blocks == blocks
+    assert long._replace(blocks=b":car") == short
+
+
+def test_the_largest_honest_operations_fit() -> None:
+    ops = [op(path=f"{'a' * 60}.{'b' * 60}.{'c' * 60}.{'d' * 60}.{'e' * 60}/{n:0512}") for n in range(200)]
+    assert all(len(one["path"]) > 810 for one in ops)
+    ops = [{**one, "action": "update", "prev": CID} for one in ops]
+    frame = decode_frame(message("#commit", commit(ops=ops, blocks=b":" * 2_000_000)))
+    assert isinstance(frame, CommitFrame)
+    assert len(frame.ops) == 200
+
+
+@pytest.mark.parametrize("name", ["#commit", "#sync", "#identity", "#account", "#info", "#brandnew"])
+def test_a_frame_of_anything_but_blocks_is_refused_undecoded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: bytes) -> None:
+        raise AssertionError("it was decoded")
+
+    build: Callable[..., dict[str, Any]] = BUILDERS.get(name, identity)
+    data = message(name, {**build(), "x": [{}] * 400_000})
+    monkeypatch.setattr(frames, "decode_dag_cbor", refused)
+    monkeypatch.setattr(frames, "decode_dag_cbor_multi", refused)
+    with pytest.raises(FrameError, match="not 'blocks'") as raised:
+        decode_frame(data)
+    assert (raised.value.fatal, raised.value.reason) == (False, "fields")
+
+
+def test_a_text_that_pretends_to_be_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list in ``z`` lies where the text says that `blocks` are: it is neither decoded nor lost."""
+    size = 0x061A00
+    pretence = b"\x66blocks\x5a\x00" + size.to_bytes(3, "big")
+    seen: list[int] = []
+
+    def decode(data: bytes) -> Any:
+        seen.append(len(data))
+        return decode_dag_cbor_multi(data)
+
+    monkeypatch.setattr(frames, "decode_dag_cbor_multi", decode)
+    text = "T" * len(pretence)
+    for after in (0, 1, 19, 20):  # what is taken for the text once the list is left out
+        data = message("#commit", {"a": text + "." * after, **commit(), "z": [{}] * (size - 5 + after)})
+        with pytest.raises(FrameError):
+            decode_frame(data.replace(text.encode(), pretence))
+    assert seen
+    assert max(seen) < frames.MAX_FIELDS_BYTES
+
+
+@pytest.mark.parametrize("build", [commit, sync])
 def test_the_size_of_blocks(build: Callable[..., dict[str, Any]]) -> None:
     name = "#commit" if build is commit else "#sync"
     at_limit = decode_frame(message(name, build(blocks=b":" * 2_000_000)))
