@@ -213,10 +213,10 @@ class Database(Reads):
     def compact(
         self, keyspace: Keyspace[Any, Any], start: bytes | None = None, stop: bytes | None = None
     ) -> None:
-        """Flush and compact a range; blocking, releases the GIL."""
+        """Flush and compact a range down to the last level; blocking, releases the GIL."""
         with rocks.translated(f"compacting {keyspace.name}"):
             self._families[keyspace.name].flush(True)
-            self._families[keyspace.name].compact_range(start, stop)
+            self._families[keyspace.name].compact_range(start, stop, rocks.whole_compaction())
 
     def sync_wal(self) -> None:
         """Make everything committed survive a power cut; blocking, releases the GIL."""

@@ -89,6 +89,14 @@ def _table(shared: Budget, tuning: Tuning) -> Any:
     return table
 
 
+def whole_compaction() -> Any:
+    """Options of a compaction that rewrites the last level too. Otherwise RocksDB moves a lone file there as
+    it is, with its tombstones and without the bottom's compression."""
+    options = rocksdict.CompactOptions()
+    options.set_bottommost_level_compaction(rocksdict.BottommostLevelCompaction.force_optimized())
+    return options
+
+
 def all_families(shared: Budget, existing: list[str], *, create: bool) -> dict[str, Any]:
     """Options by column family; those of a newer program are opened too, to read its version."""
     families = {name: database_options(shared, create=create) for name in ["default", *existing]}
