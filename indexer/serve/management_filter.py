@@ -2,7 +2,8 @@
 
 Owns the request's form: a list replaces, an object patches (`{"app.bsky.*": true, "x.y.z": false}`). The
 stored rows stand above the settings. Collections that were left out so far make the followed repositories
-queue for a fetch; collections no longer kept make them incomplete.
+queue for a fetch; collections no longer kept make them incomplete. One change at a time: what is read,
+patched, stored and told to ingest is one step.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class FilterRoutes:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._turn = asyncio.Lock()
 
     def add_to(self, app: web.Application) -> None:
         app.router.add_get("/filter", self.show)
@@ -44,14 +46,22 @@ class FilterRoutes:
 
     async def patch(self, request: web.Request) -> web.StreamResponse:
         """Stores new filters, tells ingest, queues what they affect."""
-        old = self._services.current_filters()
-        new = patched(old, await request.read())
-        await self._services.writer.run("filter_patch", lambda tx: _store(tx, new))
-        if self._services.ingest is not None:
-            self._services.ingest.set_filters(new)
-        queued = 0
-        if new.collections != old.collections:
-            queued = await self._revisit(refetch=new.widens(old), whole=not new.collections)
+        services, body = self._services, await request.read()
+
+        def change(tx: Transaction) -> tuple[Filters, Filters]:
+            stored = _rows(tx)
+            old = services.filters.with_rows(stored)
+            new = patched(old, body)
+            _store(tx, set(stored), set(new.rows()))
+            return old, new
+
+        async with self._turn:
+            old, new = await services.writer.run("filter_patch", change)
+            if services.ingest is not None:
+                services.ingest.set_filters(new)
+            queued = 0
+            if new.collections != old.collections and not services.db.mode.ephemeral:
+                queued = await self._revisit(refetch=new.widens(old), whole=not new.collections)
         return json_response({**_shown(new), "queued": queued})
 
     async def _revisit(self, *, refetch: bool, whole: bool) -> int:
@@ -96,8 +106,10 @@ def _patched_list(name: str, old: Collection[str], change: Any) -> list[str]:
         items = kept + [item for item, keep in change.items() if keep and item not in old]
     else:
         raise RequestError(f"{name} must be a list, or an object of items to true (keep) or false (drop)")
-    if not all(isinstance(item, str) for item in items) or len(items) > _MAX_ITEMS:
-        raise RequestError(f"{name} must hold at most {_MAX_ITEMS} strings")
+    if not all(isinstance(item, str) for item in items):
+        raise RequestError(f"the items of {name} must be strings")
+    if len(items) > _MAX_ITEMS:
+        raise RequestError(f"{name} must hold at most {_MAX_ITEMS} items")
     return items
 
 
@@ -110,11 +122,14 @@ def _shown(filters: Filters) -> dict[str, Any]:
     }
 
 
-def _store(tx: Transaction, filters: Filters) -> None:
-    wanted = set(filters.rows())
-    stored = {
+def _rows(tx: Transaction) -> list[tuple[str, str]]:
+    """The stored rows, with what earlier units of the same commit changed."""
+    return [
         FILTER.key.decode(key) for kind in _FIELDS for key, _ in tx.raw_scan(FILTER.name, *did_range(kind))
-    }
+    ]
+
+
+def _store(tx: Transaction, stored: set[tuple[str, str]], wanted: set[tuple[str, str]]) -> None:
     for kind, item in stored - wanted:
         tx.drop_filter(kind, item)
     for kind, item in wanted - stored:
@@ -122,12 +137,15 @@ def _store(tx: Transaction, filters: Filters) -> None:
 
 
 def _mark(tx: Transaction, did: str, *, refetch: bool, whole: bool) -> bool:
+    """An account that is not active is fetched when it is again: its state says so, nothing is due."""
     row = tx.repo(did)
     if row is None or not row.tracked:
         return False
     if not whole:
         row = row._replace(complete=False)
     if refetch:
-        row = row._replace(state=SyncState.DESYNCHRONIZED, due=tx.now_us, attempt=0)
+        due = tx.now_us if row.status.active else 0
+        state = SyncState.DESYNCHRONIZED if row.rev else SyncState.PENDING
+        row = row._replace(state=state, due=due, attempt=0)
     tx.set_repo(did, row)
-    return True
+    return row.due > 0

@@ -7,8 +7,9 @@ answer names those acted on in the same form. Changes go through the writer, som
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import orjson
 from aiohttp import web
@@ -16,20 +17,27 @@ from aiohttp import web
 from indexer.atproto.cid import dag_cbor_cid, format_cid
 from indexer.atproto.syntax import check_did
 from indexer.atproto.types import Did
-from indexer.errors import RequestError, SyntaxInvalid
+from indexer.errors import IdentityGone, RequestError, SyntaxInvalid
+from indexer.identity.documents import web_url
 from indexer.serve.http_errors import json_response, send_pieces
 from indexer.serve.xrpc.params import Params
 from indexer.serve.xrpc.records import collection_counts
-from indexer.store.codecs import NEW_REPO, RepoRow, SyncState, Work
+from indexer.store.codecs import NEW_REPO, AccountStatus, RepoRow, SyncState, Work
+from indexer.store.keyspaces import REPOS
 
 if TYPE_CHECKING:
     from indexer.serve.services import Services
     from indexer.store.transaction import Transaction
 
+T = TypeVar("T")
+#: A sync state and an account status, None for any.
+Wanted: TypeAlias = tuple[str | None, str | None]
+
 NDJSON = "application/x-ndjson"
 MAX_PAGE = 10_000
 #: Rows read or changed at once; others get their turn in between.
 _STEP = 500
+_plc = re.compile(r"did:plc:[a-z2-7]{24}").fullmatch
 
 
 class RepoRoutes:
@@ -48,15 +56,15 @@ class RepoRoutes:
     async def list_all(self, request: web.Request) -> web.StreamResponse:
         """Repositories in the order of their DIDs: NDJSON streams all (or `limit`), JSON answers a page."""
         params = Params(request.query)
-        state = params.optional("state", _checked_state)
+        wanted = (params.optional("state", _checked_state), params.optional("status", _checked_status))
         after = params.optional("cursor", check_did) or ""
         if NDJSON in request.headers.get("Accept", ""):
-            lines = self._lines(state, after, params.optional_integer("limit"))
+            lines = self._lines(wanted, after, params.optional_integer("limit"))
             response = web.StreamResponse(headers={"Content-Type": NDJSON})
             return await send_pieces(request, response, lines, self._services.settings.public.request_timeout)
         limit = params.integer("limit", 1000, 1, MAX_PAGE)
         page: list[dict[str, Any]] = []
-        for row in self._rows(state, after):
+        for row in self._rows(wanted, after):
             if row is None:
                 await asyncio.sleep(0)
             elif len(page) == limit:
@@ -88,8 +96,14 @@ class RepoRoutes:
 
     async def follow(self, request: web.Request) -> web.StreamResponse:
         """Follows repositories and queues them for a fetch; excluded ones are left out."""
+        dids = await read_dids(request)
         filters = self._services.current_filters()
-        wanted = [did for did in await read_dids(request) if not filters.is_excluded(did)]
+        local = self._services.settings.network.allow_private
+        wanted = []
+        async for step in _paced(dids):
+            for did in step:
+                _check_resolvable(did, local=local)
+            wanted += [did for did in step if not filters.is_excluded(did)]
         return _acted_on(request, await self._request(wanted, _followed, again=False))
 
     async def remove(self, request: web.Request) -> web.StreamResponse:
@@ -102,8 +116,10 @@ class RepoRoutes:
 
     async def resync(self, request: web.Request) -> web.StreamResponse:
         """Fetches followed repositories again."""
-        db = self._services.db
-        wanted = [did for did in await read_dids(request) if (row := db.repo(did)) and row.tracked]
+        wanted: list[Did] = []
+        async for step in _paced(await read_dids(request)):
+            rows = self._services.db.multi_get(REPOS, step)
+            wanted += [did for did, row in zip(step, rows, strict=True) if row is not None and row.tracked]
         return _acted_on(request, await self._request(wanted, _desynchronized, again=True))
 
     async def _request(
@@ -145,22 +161,23 @@ class RepoRoutes:
 
         return await self._services.writer.run(name, work)
 
-    def _rows(self, state: str | None, after: Did) -> Iterator[dict[str, Any] | None]:
+    def _rows(self, wanted: Wanted, after: Did) -> Iterator[dict[str, Any] | None]:
         """Rows as JSON values, with a None after every step: a place to let others run."""
+        state, status = wanted
         while rows := self._services.db.repos(after=after, limit=_STEP):
             for did, row in rows:
-                if state in (None, row.state.label):
+                if state in (None, row.state.label) and status in (None, row.status.label):
                     yield describe(did, row)
             if len(rows) < _STEP:
                 return
             after = rows[-1][0]
             yield None
 
-    async def _lines(self, state: str | None, after: Did, limit: int | None) -> AsyncGenerator[bytes, None]:
+    async def _lines(self, wanted: Wanted, after: Did, limit: int | None) -> AsyncGenerator[bytes, None]:
         """Rows as NDJSON, some hundred at a time."""
         lines: list[bytes] = []
         left = -1 if limit is None else limit
-        for row in self._rows(state, after):
+        for row in self._rows(wanted, after):
             if row is None or len(lines) >= _STEP:
                 yield b"".join(lines)
                 lines.clear()
@@ -196,14 +213,17 @@ def describe(did: Did, row: RepoRow) -> dict[str, Any]:
 async def read_dids(request: web.Request) -> list[Did]:
     """The DIDs of a body, each once, in its order."""
     body = await request.read()
+    dids: dict[Did, None] = {}
     try:
         if body.lstrip()[:1] == b"[":
-            items = orjson.loads(body)
+            async for items in _paced(orjson.loads(body)):
+                dids.update((_did_of(item), None) for item in items)
         else:
-            items = [orjson.loads(line) for line in body.splitlines() if line.strip()]
+            async for lines in _paced(body.splitlines()):
+                dids.update((_did_of(orjson.loads(line)), None) for line in lines if line.strip())
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the body is neither a JSON array nor NDJSON: {error}") from error
-    return list(dict.fromkeys(_did_of(item) for item in items))
+    return list(dids)
 
 
 def _did_of(item: object) -> Did:
@@ -220,6 +240,24 @@ def _checked_did(text: str) -> Did:
         raise RequestError(f"did: {error}") from error
 
 
+def _check_resolvable(did: Did, *, local: bool) -> None:
+    """Refuses what no directory and no host could ever tell us about."""
+    if did.startswith("did:plc:"):
+        if not _plc(did):
+            raise RequestError(f"did: {did[:80]} is not a did:plc")
+        return
+    try:
+        web_url(did, allow_local=local)
+    except IdentityGone as error:
+        raise RequestError(f"did: it cannot be resolved: {error}") from error
+
+
+def _checked_status(text: str) -> str:
+    if text not in {status.label for status in AccountStatus}:
+        raise SyntaxInvalid(f"not an account status: {text!r}")
+    return text
+
+
 def _checked_state(text: str) -> str:
     if text not in {state.label for state in SyncState}:
         raise SyntaxInvalid(f"not a sync state: {text!r}")
@@ -234,9 +272,16 @@ def _acted_on(request: web.Request, dids: Sequence[Did]) -> web.Response:
     return json_response(items)
 
 
-def _steps(dids: Sequence[Did]) -> Iterator[Sequence[Did]]:
-    for start in range(0, len(dids), _STEP):
-        yield dids[start : start + _STEP]
+def _steps(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), _STEP):
+        yield items[start : start + _STEP]
+
+
+async def _paced(items: Sequence[T]) -> AsyncIterator[Sequence[T]]:
+    """`_steps`, with a turn for the others after each."""
+    for step in _steps(items):
+        yield step
+        await asyncio.sleep(0)
 
 
 def _followed(row: RepoRow, now_us: int) -> RepoRow | None:

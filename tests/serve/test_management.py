@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import io
 import json
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from pydantic import ValidationError
 
 from indexer.ingest.filters import Filters
 from indexer.serve.management import ManagementServer
 from indexer.serve.management_filter import patched
-from indexer.store.codecs import SyncState
+from indexer.serve.management_repos import RepoRoutes
+from indexer.store.codecs import NEW_REPO, AccountStatus, SyncState
 from indexer.store.refcounts import CheckpointWorker
 from tests.serve.node import ALICE, BOB, POST, Node, fill, running, settings
 
@@ -101,6 +106,7 @@ async def test_a_body_beyond_the_limit_is_refused(tmp_path: Path) -> None:
     async with running(tmp_path) as node:
         status, answer = await node.manage("PUT", "/repos", data=io.BytesIO(b" " * ((8 << 20) + 1)))
         assert (status, answer["error"]) == (413, "PayloadTooLarge")
+        assert str(8 << 20) in answer["message"]
 
 
 async def test_repositories_are_listed_by_state_in_pages_and_as_ndjson(tmp_path: Path) -> None:
@@ -238,6 +244,7 @@ async def test_a_patched_filter_is_stored_told_and_queues_what_it_affects(tmp_pa
         (b'{"mode": "half"}', "mode"),
         (b'{"signals": "a.b.c"}', "signals"),
         (b'{"signals": {"a.b.c": 1}}', "signals"),
+        (b'{"signals": [1]}', "signals must be strings"),
         (b'{"collections": ["*"]}', "pattern"),
         (b'{"excludes": ["alice"]}', "DID"),
     ],
@@ -252,6 +259,113 @@ def test_an_object_patches_and_a_list_replaces() -> None:
     assert patched(old, b'{"signals": {"a.b.c": false, "g.h.i": true}}').signals == ("d.e.f", "g.h.i")
     assert patched(old, b'{"signals": ["g.h.i"]}').signals == ("g.h.i",)
     assert patched(old, b'{"mode": "full"}').signals == old.signals
+
+
+async def test_concurrent_patches_are_all_kept_and_told_in_their_order(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        server, ingest, _ = await _managed(node)
+        names = [f"com.example.n{number}" for number in range(12)]
+
+        async def body(name: str) -> AsyncIterator[bytes]:
+            await asyncio.sleep(0.02)  # the head is there long before the body
+            yield json.dumps({"signals": {name: True}}).encode()
+
+        async def patch(name: str) -> None:
+            async with node.http.patch(f"{server.url}/filter", data=body(name)) as response:
+                assert response.status == 200
+
+        await asyncio.gather(*(patch(name) for name in names))
+        stored = node.services.current_filters()
+        assert sorted(stored.signals) == sorted(names)
+        assert [len(filters.signals) for filters in ingest.filters] == list(range(1, 13))
+        assert set(ingest.filters[-1].signals) == set(stored.signals)
+        await server.stop()
+
+
+async def test_a_wider_filter_leaves_inactive_accounts_alone_until_they_return(tmp_path: Path) -> None:
+    async with running(tmp_path, filter={"collections": [POST]}) as node:
+        await fill(node, ALICE, [], status=AccountStatus.DEACTIVATED)
+        await fill(node, BOB, [])
+        answer = (await node.manage("PATCH", "/filter", json={"collections": []}))[1]
+        assert answer["queued"] == 1
+        row = node.services.db.repo(ALICE)
+        assert row is not None
+        assert (row.due, row.state) == (0, SyncState.DESYNCHRONIZED)
+
+
+async def test_ephemeral_mode_has_nothing_to_fetch_for_a_wider_filter(tmp_path: Path) -> None:
+    async with running(tmp_path, filter={"collections": [POST]}, ephemeral={"enabled": True}) as node:
+        await node.writer.run(
+            "row", lambda tx: tx.set_repo(ALICE, NEW_REPO._replace(tracked=True, state=SyncState.SYNCED))
+        )
+        head = node.writer.head
+        assert (await node.manage("PATCH", "/filter", json={"collections": []}))[1]["queued"] == 0
+        row = node.services.db.repo(ALICE)
+        assert row is not None
+        assert (row.state, row.due, node.writer.head) == (SyncState.SYNCED, 0, head)
+
+
+_HOPELESS = [
+    *("did:web:127.0.0.1", "did:web:example.com%3A8443", "did:web:localhost%3A8080", "did:web:example"),
+    *("did:plc:short", "did:key:zQ3shqwJEJyMBsBXCWyCBpUBMqxcon9oHB7mCvx4sSpMdLJwc"),
+]
+
+
+async def test_a_did_that_can_never_resolve_is_refused(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        for did in _HOPELESS:
+            status, answer = await node.manage("PUT", "/repos", json=[{"did": ALICE}, {"did": did}])
+            assert (status, answer["error"]) == (400, "InvalidRequest"), did
+            assert did in answer["message"]
+            assert node.services.db.repo(ALICE) is None
+        assert (await node.manage("PUT", "/repos", json=[{"did": "did:web:example.com"}]))[0] == 200
+    async with running(tmp_path / "local", network={"allow_private": True}) as node:
+        assert (await node.manage("PUT", "/repos", json=[{"did": "did:web:localhost%3A8080"}]))[0] == 200
+
+
+async def test_repositories_are_listed_by_account_status(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        await fill(node, ALICE, [], status=AccountStatus.DELETED)
+        await fill(node, BOB, [])
+        _, found = await node.manage("GET", "/repos?status=deleted")
+        assert [row["did"] for row in found["repos"]] == [ALICE]
+        assert (await node.manage("GET", "/repos?status=deleted&state=pending"))[1]["repos"] == []
+        status, answer = await node.manage("GET", "/repos?status=gone")
+        assert (status, answer["message"]) == (400, "parameter status: not an account status: 'gone'")
+
+
+async def test_many_dids_leave_turns_for_others(tmp_path: Path) -> None:
+    """The largest body is read, checked and looked up in steps."""
+    async with running(tmp_path) as node:
+        await fill(node, ALICE, [])
+        dids = [f"did:web:host{number}.example.com" for number in range(100_000)]
+        body = b"".join(b'{"did":"%b"}\n' % did.encode() for did in [*dids, ALICE])
+        turns, longest = 0, 0.0
+
+        async def watch() -> None:
+            nonlocal turns, longest
+            loop = asyncio.get_running_loop()
+            while True:
+                before = loop.time()
+                await asyncio.sleep(0)
+                longest, turns = max(longest, loop.time() - before), turns + 1
+
+        request = make_mocked_request("POST", "/repos/resync")
+        request.read = _bytes(body)  # type: ignore[method-assign]
+        routes = RepoRoutes(node.services)
+        watcher = asyncio.create_task(watch())
+        answer = await routes.resync(request)
+        watcher.cancel()
+        assert isinstance(answer, web.Response)
+        assert json.loads(answer.body) == [{"did": ALICE}]  # type: ignore[arg-type]
+        assert turns > 300
+
+
+def _bytes(body: bytes) -> Callable[[], Coroutine[Any, Any, bytes]]:
+    async def read() -> bytes:
+        return body
+
+    return read
 
 
 async def test_database_requests(tmp_path: Path) -> None:
