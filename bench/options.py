@@ -26,6 +26,9 @@ class Options(NamedTuple):
     cache: Path
     file: Path | None = None
     profile: Path | None = None
+    #: gc: updates of every churned record, and how many are churned (a fiftieth of the size when None).
+    rounds: int = 20
+    records: int | None = None
 
     def chosen(self, reduced: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, ...]:
         """The sizes from the command line, else those of the reduced or the full set."""

@@ -22,7 +22,7 @@ class Target(NamedTuple):
         return value <= self.bound if self.at_most else value >= self.bound
 
     def __str__(self) -> str:
-        return f"{'≤' if self.at_most else '≥'} {self.bound:,.0f}"
+        return f"{'≤' if self.at_most else '≥'} {_number(self.bound)}"
 
 
 class Metric(NamedTuple):
