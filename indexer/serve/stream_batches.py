@@ -135,7 +135,7 @@ class EncodedLog:
         self._writer = writer
         self._events = events
         self._keeps_blocks = writer.db.mode.blocks
-        self._seen_head = writer.head
+        self._generation = writer.state.wipes.generation
         self._run = batch_events
         self._most = batch_bytes
         self._budget = cache_bytes
@@ -241,15 +241,13 @@ class EncodedLog:
             batch.append(event.id, (event.did, ""), wire.frame(wire.TEXT, wire.account_text(event)))
 
     def _forget_wiped(self) -> None:
-        """Every wipe appends an event, so this looks only when the head has moved."""
-        head = self._writer.head
-        if head != self._seen_head:
-            wipes = self._writer.state.wipes.by_did
-            if wipes and max(wipe.head for wipe in wipes.values()) >= self._seen_head:
-                self._batches.clear()
-                self._starts.clear()
-                self.size = 0
-            self._seen_head = head
+        """What was encoded before a wipe is never sent again, however soon its last trace was swept."""
+        generation = self._writer.state.wipes.generation
+        if generation != self._generation:
+            self._batches.clear()
+            self._starts.clear()
+            self.size = 0
+            self._generation = generation
 
 
 def _json(event: Event, block: bytes) -> bytes | None:

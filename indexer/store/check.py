@@ -162,6 +162,8 @@ class Recount:
             if event.time_us <= last_time:
                 self.problem(f"events: time of {event.id} is not after that of {last_id}")
             last_time, last_id = event.time_us, event.id
+            if self.did not in (None, event.did):
+                continue  # the epochs of others are not read
             if not self._current(event) and self.reads.get(CURSORS, keyspaces.WIPE + event.did) is None:
                 self.problem(
                     f"events: {event.id} is of epoch {event.epoch} of {event.did}, with no wipe under way"
@@ -278,10 +280,9 @@ class Recount:
     # ---- totals
 
     def counts(self) -> None:
-        stored = {name: count for name, count in self.reads.scan(COUNTS) if name.startswith(EXACT)}
-        for name in sorted(stored.keys() | self.totals.keys()):
-            if self.did is not None and self.did not in name:
-                continue
+        names = EXACT if self.did is None else (f"did/{self.did}/", f"buffer/{self.did}/")
+        stored = {name: count for name, count in self.reads.scan(COUNTS) if name.startswith(names)}
+        for name in sorted(stored.keys() | {name for name in self.totals if name.startswith(names)}):
             if stored.get(name, 0) != self.totals[name]:
                 self.wrong_total(name, stored.get(name, 0), self.totals[name])
 

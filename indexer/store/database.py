@@ -2,19 +2,22 @@
 
 Owns the RocksDB handles. Every change goes through the writer; reads are safe from any thread and
 see whole commits only. Iterators and snapshots hold the database's lock, so they are released here.
+Long calls run in threads that nobody can stop; closing makes RocksDB give them up and waits for them.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import rocksdict
 
-from indexer.errors import StoreCorrupt, StoreModeMismatch, StoreVersion
+from indexer.errors import StoreCorrupt, StoreError, StoreModeMismatch, StoreVersion
 from indexer.store import rocks
 from indexer.store.codecs import (
     Mode,
@@ -26,7 +29,7 @@ from indexer.store.keyspaces import (
     REPOS,
     Keyspace,
 )
-from indexer.store.reads import Reads, Snapshot, decode, scan_rows
+from indexer.store.reads import Reads, Snapshot, decode, scan_keys, scan_rows
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -45,7 +48,7 @@ class FormatVersion(NamedTuple):
 class Database(Reads):
     """An open database; `open` it, `close` it."""
 
-    __slots__ = ("_closed", "_families", "_rocks", "_shared", "handles", "mode", "path")
+    __slots__ = ("_busy", "_calls", "_closed", "_families", "_rocks", "_shared", "handles", "mode", "path")
 
     def __init__(self, path: FilePath, mode: Mode, rocks_db: Any, shared: rocks.Budget) -> None:
         self.path = path
@@ -56,6 +59,8 @@ class Database(Reads):
         #: Column family handles for write batches; the writer's business.
         self.handles: dict[str, Any] = {name: rocks_db.get_column_family_handle(name) for name in KEYSPACES}
         self._closed = False
+        self._busy = 0  # blocking calls under way, in threads
+        self._calls = threading.Condition()
 
     @classmethod
     def open(
@@ -158,6 +163,10 @@ class Database(Reads):
     ) -> Iterator[tuple[bytes, bytes]]:
         return scan_rows(self._families[name], start, stop, reverse)
 
+    def raw_keys(self, name: str, start: bytes, stop: bytes) -> Iterator[bytes]:
+        """As `raw_scan`, without the values."""
+        return scan_keys(self._families[name], start, stop)
+
     def snapshot(self, *keyspaces: Keyspace[Any, Any]) -> Snapshot:
         """One point in time over ``keyspaces`` (all when none is named). Take it on the writer's loop."""
         names = [keyspace.name for keyspace in keyspaces] or list(KEYSPACES)
@@ -205,7 +214,7 @@ class Database(Reads):
     def checkpoint(self, target: FilePath) -> None:
         """A consistent copy in the new folder ``target``, on the same file system: its files are hard
         links. Blocking. What was flushed before need not be flushed in here, where the GIL is held."""
-        with rocks.translated(f"making a checkpoint in {target}"):
+        with self._blocking(f"making a checkpoint in {target}"):
             for family in self._families.values():
                 family.flush(True)
             rocksdict.Checkpoint(self._rocks).create_checkpoint(str(target))
@@ -214,13 +223,13 @@ class Database(Reads):
         self, keyspace: Keyspace[Any, Any], start: bytes | None = None, stop: bytes | None = None
     ) -> None:
         """Flush and compact a range down to the last level; blocking, releases the GIL."""
-        with rocks.translated(f"compacting {keyspace.name}"):
+        with self._blocking(f"compacting {keyspace.name}"):
             self._families[keyspace.name].flush(True)
             self._families[keyspace.name].compact_range(start, stop, rocks.whole_compaction())
 
     def sync_wal(self) -> None:
         """Make everything committed survive a power cut; blocking, releases the GIL."""
-        with rocks.translated("syncing the write-ahead log"):
+        with self._blocking("syncing the write-ahead log"):
             self._rocks.flush_wal(True)
 
     def write(self, batch: Any, options: Any) -> None:
@@ -228,18 +237,44 @@ class Database(Reads):
         with rocks.translated("committing"):
             self._rocks.write(batch, options)
 
+    @contextmanager
+    def _blocking(self, what: str) -> Iterator[None]:
+        """Around a call that `close` must wait for."""
+        with self._calls:
+            if self._closed:
+                raise StoreError(f"{what}: the database is closed")
+            self._busy += 1
+        try:
+            with rocks.translated(what):
+                yield
+        finally:
+            with self._calls:
+                self._busy -= 1
+                self._calls.notify_all()
+
     def close(self) -> None:
-        """Give the lock back; idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        for family in self._families.values():
-            family.close()
+        """Give the lock back; idempotent. Compactions under way are given up, nothing is lost by it."""
+        with self._calls:
+            if self._closed:
+                return
+            self._closed = True
+            given_up = self._busy > 0
+            if given_up:
+                self._rocks.cancel_all_background(False)
+            self._calls.wait_for(lambda: not self._busy)
+        failed: StoreError | None = None
+        for part in (*self._families.values(), self._rocks):
+            try:
+                with rocks.translated(f"closing {self.path}"):
+                    part.close()
+            except StoreError as error:
+                failed = failed or error
+        self._rocks = part = None
         self._families.clear()
         self.handles.clear()
-        self._rocks.close()
-        self._rocks = None
         gc.collect(0)  # a forgotten iterator in a young cycle would keep the LOCK
+        if failed is not None and not given_up:  # after giving up nothing is flushed: the log has it all
+            raise failed
 
     def __enter__(self) -> Self:
         return self

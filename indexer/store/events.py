@@ -44,11 +44,6 @@ class EventLog:
         """The id of the next event."""
         return self._writer.head
 
-    @property
-    def holes(self) -> list[tuple[EventId, EventId]]:
-        """Ranges [start, end) of ids that a power cut took; to be announced to readers."""
-        return list(self._writer.state.holes)
-
     def read(self, start: EventId, limit: int) -> list[Event]:
         """Up to ``limit`` events with id ≥ ``start``; fewer only when the head is reached."""
         return self.page(start, limit, scanned=None).events

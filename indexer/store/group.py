@@ -117,10 +117,13 @@ class Group(Overlay):
     def block(self, did: Did, cid: Cid) -> bytes | None:
         return self.raw(BLOCKS.name, did.encode() + b"\0" + cid)
 
-    def cursor(self, name: str) -> int | None:
+    def position(self, name: str) -> Any:
+        """A row of `cursors`, whatever it holds."""
         value = self._cursors.get(name, MISSING)
-        if value is MISSING:
-            return self._db.cursor(name)
+        return self._db.get(CURSORS, name) if value is MISSING else value
+
+    def cursor(self, name: str) -> int | None:
+        value = self.position(name)
         if value is not None and not isinstance(value, int):
             raise StoreCorrupt(f"cursors: row {name!r} holds {value!r} where a number belongs")
         return value
@@ -148,9 +151,11 @@ class Group(Overlay):
     def keeps_blocks(self) -> bool:
         return self._keep_blocks
 
-    def wiped_here(self, did: Did) -> bool:
-        """Whether the running group wiped the repository."""
-        return self._wipes.get(did) is not None
+    def wipe_of(self, did: Did) -> Wipe | None:
+        """The wipe of the repository that is not swept yet, here or before."""
+        wipe = self._wipes.get(did, MISSING)
+        found: Wipe | None = self._state.wipes.by_did.get(did) if wipe is MISSING else wipe
+        return found
 
     def stale(self, did: Did, epoch: int) -> bool:
         """Whether ``epoch`` of the repository is a life that ended, here or before."""
@@ -269,10 +274,9 @@ class Group(Overlay):
             if wipe is None:
                 state.wipes.by_did.pop(did, None)
             else:
-                state.wipes.by_did[did] = wipe
-                state.refs.drop(did, wipe.epoch)
-        if len(self._repo_cache) > _CACHED_REPOS:
-            self._repo_cache.clear()
+                before = self._repo_cache.get(did)  # as it was before this group, which read it
+                state.refs.drop((did, 0 if before is None else before.epoch))
+                state.wipes.ended(did, wipe)
         self._repo_cache.update(self._repos)
         self.clear()
 
@@ -282,5 +286,7 @@ class Group(Overlay):
             pending.clear()
         for changes in (self._refs, self._settled, self._folded):
             changes.clear()
+        if len(self._repo_cache) > _CACHED_REPOS:
+            self._repo_cache.clear()
         self._events.clear()
         self._last_time = self._state.last_time

@@ -104,13 +104,21 @@ class Overlay:
             if new is not None:
                 yield new_key, new
 
-    def clear_content(self, did: Did, point_rows: int) -> bool:
-        """Delete a repository's content: row by row when it is small, else by range (then true)."""
+    def clear_content(self, did: Did, records: int, point_rows: int) -> bool:
+        """Delete a repository's content: row by row when it is small, else by range (then true).
+
+        ``records`` is about how many it holds; each has a block and a count as well.
+        """
         start, stop = did_range(did)
+        if records * 3 > point_rows:
+            self._clear_range(did, start, stop)
+            return True
         keys: list[tuple[str, bytes]] = []
         for keyspace in CONTENT:
-            for key, _ in self.raw_scan(keyspace.name, start, stop):
-                keys.append((keyspace.name, key))
+            name = keyspace.name
+            keys += [(name, key) for key in self._rows[name] if start <= key < stop]
+            for key in () if did in self._cleared else self._db.raw_keys(name, start, stop):
+                keys.append((name, key))
                 if len(keys) > point_rows:
                     self._clear_range(did, start, stop)
                     return True

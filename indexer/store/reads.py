@@ -227,6 +227,13 @@ class Snapshot(Reads):
         self.close()
 
 
+def scan_keys(source: Any, start: bytes, stop: bytes) -> Iterator[bytes]:
+    options = rocksdict.ReadOptions()
+    options.set_iterate_upper_bound(stop)
+    with rocks.translated("reading"):
+        yield from source.keys(from_key=start, read_opt=options)
+
+
 def scan_rows(
     source: Any, start: bytes | None, stop: bytes | None, reverse: bool
 ) -> Iterator[tuple[bytes, bytes]]:

@@ -81,9 +81,11 @@ class CheckpointWorker(Worker):
                 started = time.perf_counter()
                 plan = self._plan(target)
                 counts = self._counts(plan)
-                zeroed += await self._writer.run(self.name, partial(fold, plan, counts))
-                changes += plan.changes
-                steps += 1
+                zeros = await self._writer.run(self.name, partial(fold, plan, counts))
+                if zeros is not None:
+                    zeroed += zeros
+                    changes += plan.changes
+                    steps += 1
                 await self._pace.rest(time.perf_counter() - started, plan.changes)
             report = CheckpointReport(refs.position, refs.position - start, changes, zeroed, steps)
             if report.rows:
@@ -115,8 +117,14 @@ class CheckpointWorker(Worker):
         return {key: count or 0 for key, count in zip(keys, counts, strict=True)}
 
 
-def fold(plan: FoldPlan, counts: Mapping[tuple[Did, Cid], int], tx: Transaction) -> int:
-    """Write the new counts, queue the zeros, truncate the log, move the position; returns the zeros."""
+def fold(plan: FoldPlan, counts: Mapping[tuple[Did, Cid], int], tx: Transaction) -> int | None:
+    """Write the new counts, queue the zeros, truncate the log, move the position; returns the zeros.
+
+    None, with nothing done, when the range is folded already: a pass that was given up while its step
+    was on the way leaves that step to be committed after the next pass has read.
+    """
+    if plan.position != (tx.cursor(CHECKPOINT) or 0):
+        return None
     zeroed = 0
     for life, cids in plan.sums.items():
         did, epoch = life

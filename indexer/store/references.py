@@ -43,7 +43,7 @@ class References:
             self.unfolded += len(changes)
             for did, epoch, cid, delta in changes:
                 if not wipes.stale(did, epoch):
-                    self._add(self.overlay.setdefault((did, epoch), {}), cid, delta)
+                    self._add((did, epoch), cid, delta)
         self.ready = True
 
     def pending(self, did: Did, epoch: int, cid: Cid) -> int:
@@ -53,30 +53,28 @@ class References:
     def merge(self, changes: Mapping[Life, Mapping[Cid, int]]) -> None:
         """Take in the changes of a commit, which wrote them as the row ``next_row``."""
         for life, cids in changes.items():
-            mine = self.overlay.setdefault(life, {})
             for cid, delta in cids.items():
-                self._add(mine, cid, delta)
+                self._add(life, cid, delta)
             self.unfolded += len(cids)
         self.next_row += 1
 
     def settle(self, life: Life, cid: Cid, delta: int) -> None:
-        """A fold has moved ``delta`` into the rows."""
+        """A fold has moved ``delta`` into the rows. What is left may be nothing, or its opposite: a block
+        whose changes sum to zero is counted by the rows and by the rest of the log, each in part."""
+        self._add(life, cid, -delta)
+
+    def drop(self, life: Life) -> None:
+        """Forget a life that ended."""
+        self.overlay.pop(life, None)
+
+    def _add(self, life: Life, cid: Cid, delta: int) -> None:
         cids = self.overlay.get(life)
-        if cids is not None:
-            self._add(cids, cid, -delta)
-            if not cids:
-                del self.overlay[life]
-
-    def drop(self, did: Did, before: int) -> None:
-        """Forget the lives of a repository that ended."""
-        for epoch in range(before - 1, -1, -1):
-            if self.overlay.pop((did, epoch), None) is None:
-                return
-
-    @staticmethod
-    def _add(cids: dict[Cid, int], cid: Cid, delta: int) -> None:
+        if cids is None:
+            cids = self.overlay[life] = {}
         total = cids.get(cid, 0) + delta
         if total:
             cids[cid] = total
         else:
             cids.pop(cid, None)
+            if not cids:
+                del self.overlay[life]

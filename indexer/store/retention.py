@@ -1,32 +1,33 @@
-"""Retention: watermarks, the prune below them, and the sweep of wiped lives.
+"""Retention: watermarks, and the prune of everything below them; sweeps wiped lives in between.
 
 A watermark says which event id was next at a time. A pass prunes everything below the newest one
 that is older than the retention: references are released through the log, events go, the floor
-moves, one batch a step. Then events of wiped lives are swept under any retention. All of it resumes
-where a kill left it. On the writer's loop; compaction in a thread.
+moves, one batch a step. All of it resumes where a kill left it. On the writer's loop.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from indexer.atproto.types import Did, EventId, Micros
+import structlog
+
+from indexer.atproto.types import EventId, Micros
 from indexer.config import Settings
 from indexer.errors import StoreCorrupt
-from indexer.store.codecs import after_prefix, decode_event, did_range, encode_u64
+from indexer.store.codecs import after_prefix, decode_event, encode_u64
 from indexer.store.database import Database
-from indexer.store.keyspaces import CURSORS, EVENTS, FLOOR, QUARANTINE, SWEEP, WATERMARK
-from indexer.store.overlay import CONTENT
+from indexer.store.keyspaces import CURSORS, EVENTS, FLOOR, WATERMARK
+from indexer.store.sweep import At, Sweeper, log_at
 from indexer.store.transaction import Transaction
-from indexer.store.wipes import Wipe
 from indexer.store.worker import Worker
 from indexer.store.writer import Writer
 
-_LONG_SWEEP_S: Final = 1.0
-_SWEEP_SPACING: Final = 20  # times a long walk's duration until the next one; wipes gather meanwhile
+_MARKS_PER_RETENTION: Final = 1024  # so exact is a prune, and so few are the marks
+_MARKS_AT_ONCE: Final = 1024
+
+log = structlog.get_logger(__name__)
 
 
 class Watermark(NamedTuple):
@@ -35,7 +36,7 @@ class Watermark(NamedTuple):
 
     @property
     def cursor(self) -> str:
-        return f"{WATERMARK}{self.time:020d}"
+        return _name(self.time)
 
 
 class RetentionReport(NamedTuple):
@@ -45,9 +46,12 @@ class RetentionReport(NamedTuple):
     wipes: int  # wiped lives of which nothing is left now
 
 
-def cutoff(marks: list[Watermark], before: Micros) -> Watermark | None:
-    """The newest watermark at or before a time."""
-    return max((mark for mark in marks if mark.time <= before), default=None)
+class PrunePlan(NamedTuple):
+    """The next events from the floor, and where they end."""
+
+    at: At
+    events: list[tuple[EventId, bytes]]
+    stop: EventId
 
 
 class RetentionWorker(Worker):
@@ -57,11 +61,15 @@ class RetentionWorker(Worker):
 
     def __init__(self, db: Database, writer: Writer, settings: Settings) -> None:
         super().__init__(db, writer, settings.gc)
-        self._retention_s = settings.events.retention
+        retention_s = settings.events.retention
+        self._retention_us = None if retention_s is None else int(retention_s * 1_000_000)
+        self._sweeper = Sweeper(
+            db, writer, self._pace, settings.store.quarantine_entries, self._prune_in_time
+        )
+        self._next_prune = 0.0
         self.last: RetentionReport | None = None
         self.pruned = 0
         self.swept = 0
-        self._next_sweep = 0.0
 
     @property
     def interval(self) -> float:
@@ -81,144 +89,104 @@ class RetentionWorker(Worker):
     async def run_once(self) -> RetentionReport:
         """Watermark, prune, sweep."""
         async with self._turn:
-            pruned = await self._prune()
-            swept, wipes = await self._sweep()
-            self.pruned += pruned
-            self.swept += swept
-            self.last = RetentionReport(self._writer.floor, pruned, swept, wipes)
+            before = self.pruned
+            await self._prune()
+            swept = await self._sweeper.run()
+            self.swept += swept.events
+            self.last = RetentionReport(self._writer.floor, self.pruned - before, swept.events, swept.wipes)
             self.passes += 1
             return self.last
 
-    # ---- prune
+    async def _prune_in_time(self) -> None:
+        """A sweep may last for hours; the log is pruned at its intervals meanwhile."""
+        if time.monotonic() >= self._next_prune:
+            await self._prune()
 
-    def watermarks(self) -> list[Watermark]:
-        start = WATERMARK.encode()
-        marks: list[Watermark] = []
-        for name, value in self._db.scan(CURSORS, start, after_prefix(start)):
-            digits = name.removeprefix(WATERMARK)
-            if not (digits.isdigit() and isinstance(value, int)):
-                raise StoreCorrupt(f"cursors: row {name!r} holds {value!r}, no watermark")
-            marks.append(Watermark(int(digits), value))
-        return marks
+    # ---- watermarks
 
-    async def _prune(self) -> int:
-        if self._retention_s is None:
-            return 0
-        now = await self._writer.run(self.name, self._mark)
-        marks = self.watermarks()
-        mark = cutoff(marks, now - int(self._retention_s * 1_000_000))
-        if mark is None:
-            return 0
-        pruned = 0
-        while True:
-            started = time.perf_counter()
-            events, stop = self._below(mark.next)
-            old = [item for item in marks if item <= mark] if stop >= mark.next else []
-            pruned += await self._writer.run(self.name, partial(prune, events, stop, old))
-            if stop >= mark.next:
-                return pruned
-            await self._pace.rest(time.perf_counter() - started, len(events))
+    def watermarks(
+        self, start: Micros = 0, stop: Micros | None = None, *, newest: bool = False, limit: int | None = None
+    ) -> list[Watermark]:
+        """Watermarks with start ≤ time < stop in order; ``newest``: backwards."""
+        low = _name(start).encode() if start else WATERMARK.encode()
+        high = after_prefix(WATERMARK.encode()) if stop is None else _name(stop).encode()
+        return [_watermark(*row) for row in self._db.scan(CURSORS, low, high, reverse=newest, limit=limit)]
 
-    def _mark(self, tx: Transaction) -> Micros:
-        """Write a watermark unless nothing was appended since the last one; returns the time."""
+    def _cutoff(self, before: Micros) -> Watermark | None:
+        """The newest watermark at or before a time."""
+        found = self.watermarks(stop=max(before, 0) + 1, newest=True, limit=1)
+        return found[0] if found else None
+
+    def _mark(self, retention_us: Micros, tx: Transaction) -> Micros:
+        """Write a watermark, unless the last one is as good; returns the time."""
         now = tx.now_us
-        marks = self.watermarks()
-        if not marks or (marks[-1].next < tx.next_event and marks[-1].time < now):
-            tx.set_cursor(Watermark(now, tx.next_event).cursor, tx.next_event)
+        last = next(iter(self.watermarks(newest=True, limit=1)), None)
+        if last is not None and last.time > now:
+            # The clock went back. A mark in the future would keep everything until that future.
+            ahead = self.watermarks(now + 1, limit=_MARKS_AT_ONCE)
+            log.warning("watermarks_in_the_future", marks=len(ahead), newest=last.time, now=now)
+            for mark in ahead:
+                tx.set_cursor(mark.cursor, None)
+        elif last is not None and (
+            last.next >= tx.next_event or now - last.time < max(1, retention_us // _MARKS_PER_RETENTION)
+        ):
+            return now
+        tx.set_cursor(Watermark(now, tx.next_event).cursor, tx.next_event)
         return now
 
-    def _below(self, stop: EventId) -> tuple[list[tuple[EventId, bytes]], EventId]:
-        """The next events below ``stop`` from the floor, and where they end."""
-        floor = self._writer.floor
-        rows = list(self._db.scan(EVENTS, encode_u64(floor), encode_u64(stop), limit=self._pace.rows))
-        if len(rows) < self._pace.rows:
-            return rows, max(stop, floor)
-        return rows, rows[-1][0] + 1
+    # ---- prune
 
-    # ---- sweep
-
-    async def _sweep(self) -> tuple[int, int]:
-        """Delete the events of wiped lives; one walk over the log serves all wipes before it."""
-        done = self._ready_wipes()
-        if not done or time.monotonic() < self._next_sweep:
-            return 0, 0
-        started_sweep = time.monotonic()
-        end = max(wipe.head for wipe in done.values())
-        position = self._sweep_position(end)
-        swept = 0
-        while position < end:
+    async def _prune(self) -> None:
+        retention_us = self._retention_us
+        if retention_us is None:
+            return
+        self._next_prune = time.monotonic() + self.interval
+        now = await self._writer.run(self.name, partial(self._mark, retention_us))
+        mark = self._cutoff(now - retention_us)
+        if mark is None:
+            return
+        floor = 0
+        while floor < mark.next:
             started = time.perf_counter()
-            dead, position, looked = self._dead(max(position, self._writer.floor), end)
-            swept += await self._writer.run(self.name, partial(sweep, dead, position, end))
-            await self._pace.rest(time.perf_counter() - started, looked)
-        await self._compact([did for did, wipe in done.items() if wipe.ranged])
-        await self._writer.run(self.name, partial(self._finish_sweep, done))
-        took = time.monotonic() - started_sweep
-        if took > _LONG_SWEEP_S:
-            self._next_sweep = time.monotonic() + took * _SWEEP_SPACING
-        return swept, len(done)
+            plan = self._below(mark.next)
+            old = []
+            if plan.stop >= mark.next:
+                old = self.watermarks(stop=mark.time + 1, limit=_MARKS_AT_ONCE)
+            self.pruned += await self._writer.run(self.name, partial(prune, plan, old))
+            floor = self._writer.floor
+            if floor < mark.next:
+                await self._pace.rest(time.perf_counter() - started, len(plan.events))
 
-    def _ready_wipes(self) -> dict[Did, Wipe]:
-        """Wipes whose last log row is folded: after the sweep nothing of the old life is left."""
-        state = self._writer.state
-        return {did: wipe for did, wipe in state.wipes.by_did.items() if wipe.row <= state.refs.position}
-
-    def _sweep_position(self, end: EventId) -> EventId:
-        """Where an interrupted sweep to the same end goes on; else the floor."""
-        stored = self._db.get(CURSORS, SWEEP)
-        if isinstance(stored, list) and len(stored) == 2 and stored[1] == end:
-            return max(int(stored[0]), self._writer.floor)
-        return self._writer.floor
-
-    def _dead(self, start: EventId, stop: EventId) -> tuple[list[EventId], EventId, int]:
-        wipes = self._writer.state.wipes
-        dead: list[EventId] = []
-        looked = 0
-        for event_id, raw in self._db.scan(
-            EVENTS, encode_u64(start), encode_u64(stop), limit=self._pace.rows
-        ):
-            looked += 1
-            event = decode_event(event_id, raw)
-            if wipes.stale(event.did, event.epoch):
-                dead.append(event_id)
-            start = event_id + 1
-        return dead, start if looked == self._pace.rows else stop, looked
-
-    async def _compact(self, dids: list[Did]) -> None:
-        """Range tombstones cost every read until they are compacted away."""
-        for did in dids:
-            for keyspace in CONTENT:
-                await asyncio.to_thread(self._db.compact, keyspace, *did_range(did))
-
-    def _finish_sweep(self, done: dict[Did, Wipe], tx: Transaction) -> None:
-        for number, row in self._db.scan(QUARANTINE):
-            if row.did in done and row.time_us <= done[row.did].time:
-                tx.delete(QUARANTINE, number)
-        for did, wipe in done.items():
-            if self._writer.state.wipes.by_did.get(did) == wipe and not tx.wiped_here(did):
-                tx.forget_wipe(did)
-        tx.set_cursor(SWEEP, None)
+    def _below(self, stop: EventId) -> PrunePlan:
+        at = self._sweeper.at()
+        floor = at[0]
+        rows = list(self._db.scan(EVENTS, encode_u64(floor), encode_u64(stop), limit=self._pace.rows))
+        return PrunePlan(at, rows, max(stop, floor) if len(rows) < self._pace.rows else rows[-1][0] + 1)
 
 
-def prune(events: list[tuple[EventId, bytes]], stop: EventId, marks: list[Watermark], tx: Transaction) -> int:
+def prune(plan: PrunePlan, marks: list[Watermark], tx: Transaction) -> int:
     """Release and delete events, move the floor, drop watermarks; returns how many events went."""
-    for event_id, raw in events:
+    if plan.at != log_at(tx.position):
+        return 0
+    for event_id, raw in plan.events:
         event = decode_event(event_id, raw)
         if event.cid is not None and tx.keeps_blocks and not tx.stale(event.did, event.epoch):
             tx.ref(event.did, event.epoch, event.cid, -1)
         tx.delete(EVENTS, event_id)
-    tx.add_count("events", -len(events))
-    tx.add_count("gc/events_pruned", len(events))
-    tx.set_cursor(FLOOR, stop)
+    tx.add_count("events", -len(plan.events))
+    tx.add_count("gc/events_pruned", len(plan.events))
+    tx.set_cursor(FLOOR, plan.stop)
     for mark in marks:
         tx.set_cursor(mark.cursor, None)
-    return len(events)
+    return len(plan.events)
 
 
-def sweep(dead: list[EventId], position: EventId, end: EventId, tx: Transaction) -> int:
-    """Delete events of wiped lives; references went with the wipe."""
-    for event_id in dead:
-        tx.delete(EVENTS, event_id)
-    tx.add_count("events", -len(dead))
-    tx.set_cursor(SWEEP, [position, end])
-    return len(dead)
+def _name(time_us: Micros) -> str:
+    return f"{WATERMARK}{time_us:020d}"
+
+
+def _watermark(name: str, value: Any) -> Watermark:
+    digits = name.removeprefix(WATERMARK)
+    if not (digits.isdigit() and isinstance(value, int)):
+        raise StoreCorrupt(f"cursors: row {name!r} holds {value!r}, no watermark")
+    return Watermark(int(digits), value)

@@ -6,6 +6,7 @@ Derives every option from the keyspace table and one memory budget, and turns ro
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ MIB: Final = 1 << 20
 _WAL_LIMIT: Final = 128 * MIB
 _DICTIONARY: Final = 32 * 1024
 _COLLECTOR: Final = (10_000, 3_000, 0.3)  # window, tombstones that trigger, share of them
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _FILES_AT_ONCE: Final = 256  # open files left to sockets, spools and the rest
 
 
@@ -113,15 +115,16 @@ def _open_files() -> int:
 
 
 def translate(error: Exception, what: str) -> StoreError:
-    """Our error for one of RocksDB's."""
+    """Our error for one of RocksDB's. Its text begins with the status; paths in it may hold any word."""
     text = str(error)
-    if "Write stall" in text or "Result incomplete" in text:
-        return StoreBusy(f"{what}: the store asks for patience: {text}")
-    if "lock hold" in text or "LOCK" in text:
-        return StoreLocked(f"{what}: another process holds the database; stop it first ({text})")
-    if "No space left" in text:
+    full = isinstance(error, OSError) and error.errno in _FULL
+    if full or text.startswith("IO error: No space left") or text.endswith(": No space left on device"):
         return StoreFull(f"{what}: the disk is full; free some space and start again ({text})")
-    if "Corruption" in text or "checksum" in text:
+    if text.startswith("Result incomplete"):  # "Write stall"
+        return StoreBusy(f"{what}: the store asks for patience: {text}")
+    if text.startswith(("IO error: lock hold by", "IO error: While lock file")):
+        return StoreLocked(f"{what}: another process holds the database; stop it first ({text})")
+    if text.startswith("Corruption"):
         return StoreCorrupt(f"{what}: the database is damaged: {text}; restore a backup")
     return StoreError(f"{what}: {text}")
 

@@ -12,7 +12,6 @@ from typing import Any, Final
 from indexer.atproto.types import EventId, Micros
 from indexer.errors import StoreCorrupt
 from indexer.store import keyspaces
-from indexer.store.codecs import after_prefix, decode_event
 from indexer.store.database import Database
 from indexer.store.keyspaces import CURSORS, EVENTS
 from indexer.store.references import References
@@ -37,7 +36,6 @@ class State:
         "boot",
         "floor",
         "hole",
-        "holes",
         "last_time",
         "margin",
         "next_id",
@@ -56,12 +54,9 @@ class State:
         self.floor: EventId = db.cursor(keyspaces.FLOOR) or 1
         self.reserved: EventId = db.cursor(keyspaces.RESERVE) or 0
         self.next_id, self.last_time = self._head(db)
-        #: Ids [start, end) that were never seen: lost in a power cut.
-        self.holes = self._holes(db)
-        self.hole: tuple[EventId, EventId] | None = None  # opened by this start
+        self.hole: tuple[EventId, EventId] | None = None  # ids that this start left out: a power cut
         if self._power_was_cut(db) and self.reserved > self.next_id:
             self.hole = (self.next_id, self.reserved)
-            self.holes.append(self.hole)
             self.next_id = self.reserved
 
     def _head(self, db: Database) -> tuple[EventId, Micros]:
@@ -78,17 +73,9 @@ class State:
             raise StoreCorrupt(
                 f"events: id {last[0]} is not below the head {head} (cursors: {keyspaces.HEAD})"
             )
-        if last is not None:
-            time_us = max(time_us, decode_event(*last).time_us)
         if self.floor > head:
             raise StoreCorrupt(f"cursors: row {keyspaces.FLOOR!r} holds {self.floor}, above the head {head}")
         return head, time_us
-
-    @staticmethod
-    def _holes(db: Database) -> list[tuple[EventId, EventId]]:
-        start = keyspaces.HOLE.encode()
-        rows = db.scan(CURSORS, start, after_prefix(start))
-        return sorted((int(name.removeprefix(keyspaces.HOLE)), end) for name, end in rows)
 
     def _power_was_cut(self, db: Database) -> bool:
         stored = db.get(CURSORS, keyspaces.BOOT)

@@ -239,8 +239,9 @@ class Transaction(SideVerbs):
         """End this life of a repository: its content is gone at once, the row stays as a tombstone."""
         old = self.repo(did)
         row = old or NEW_REPO
-        ranged = self.clear_content(did, self._limits.wipe_point_rows)
-        for collection, records in self.did_counts(did).items():
+        counts = self.did_counts(did)
+        ranged = self.clear_content(did, sum(counts.values()), self._limits.wipe_point_rows)
+        for collection, records in counts.items():
             self.add(self._did_counts, (did, collection), -records)
         self.drop_buffered(did)
         self.release_archives(did)
@@ -252,7 +253,10 @@ class Transaction(SideVerbs):
             tracked=False, state=SyncState.PENDING, status=status, epoch=row.epoch + 1, complete=False,
             rev="", min_rev="", commit=b"", data=b"", due=0, work=0, error="", attempt=0,
         )  # fmt: skip
-        wipe = Wipe(fresh.epoch, self.next_event, self._state.refs.next_row, ranged, self._clock())
+        before = self.wipe_of(did)
+        ranged = ranged or (before is not None and before.ranged)  # not compacted yet
+        refused = self.cursor(keyspaces.QUARANTINE_NEXT) or 0
+        wipe = Wipe(fresh.epoch, self.next_event, self._state.refs.next_row, ranged, refused)
         self.write(self._wipes, did, wipe)
         self.set_cursor(keyspaces.WIPE + did, list(wipe))
         self._write_repo(did, old, fresh)

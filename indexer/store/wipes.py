@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from indexer.atproto.types import Did, EventId, Micros
+from indexer.atproto.types import Did, EventId
 from indexer.errors import StoreCorrupt
 from indexer.store.codecs import after_prefix
 from indexer.store.database import Database
@@ -17,21 +17,23 @@ from indexer.store.keyspaces import CURSORS, WIPE
 
 
 class Wipe(NamedTuple):
-    """``epoch`` is the new life's; ``head`` and ``row`` are where events and log stood."""
+    """``epoch`` is the new life's; ``head``, ``row`` and ``refused`` are where events, log and
+    quarantine stood."""
 
     epoch: int
     head: EventId
     row: int
     ranged: bool  # content went by range deletes: compact the range
-    time: Micros
+    refused: int  # the next number of the quarantine
 
 
 class Wipes:
-    """The markers, by DID."""
+    """The markers, by DID. ``generation`` moves with every wipe: what was made of events before is void."""
 
-    __slots__ = ("by_did",)
+    __slots__ = ("by_did", "generation")
 
     def __init__(self) -> None:
+        self.generation = 0
         self.by_did: dict[Did, Wipe] = {}
 
     def load(self, db: Database) -> None:
@@ -41,6 +43,11 @@ class Wipes:
                 self.by_did[name.removeprefix(WIPE)] = Wipe(*value)
             except TypeError as error:
                 raise StoreCorrupt(f"cursors: row {name!r} holds {value!r}, no marker of a wipe") from error
+
+    def ended(self, did: Did, wipe: Wipe) -> None:
+        """A wipe was committed."""
+        self.by_did[did] = wipe
+        self.generation += 1
 
     def stale(self, did: Did, epoch: int) -> bool:
         """Whether something of this epoch belongs to a life that ended."""

@@ -19,7 +19,7 @@ from indexer.errors import WriterPoisoned
 from indexer.store.database import Database
 from indexer.store.writer import Writer
 
-_STEP_AIM_S: Final = 0.005
+STEP_AIM_S: Final = 0.005
 _REST_MAX_S: Final = 0.1
 _MIN_ROWS: Final = 50
 
@@ -38,7 +38,7 @@ class Pace:
     async def rest(self, seconds: float, handled: int) -> None:
         """Rest after a step that handled rows in ``seconds``, and choose the next step's size."""
         if handled >= self.rows // 2:
-            factor = min(2.0, max(0.5, _STEP_AIM_S / max(seconds, 1e-6)))
+            factor = min(2.0, max(0.5, STEP_AIM_S / max(seconds, 1e-6)))
             self.rows = max(min(_MIN_ROWS, self._max_rows), min(self._max_rows, int(self.rows * factor)))
         await asyncio.sleep(min(seconds, _REST_MAX_S))
 

@@ -22,7 +22,7 @@ from indexer.errors import StoreBusy, StoreError, WriterPoisoned
 from indexer.store import keyspaces
 from indexer.store.codecs import pack
 from indexer.store.database import Database
-from indexer.store.group import Limits, Savepoint
+from indexer.store.group import Limits
 from indexer.store.state import State
 from indexer.store.transaction import Transaction
 from indexer.store.units import Rescue, Step, Unit, WriterStats
@@ -148,7 +148,8 @@ class Writer:
     async def run_ordered(self, name: str, steps: Sequence[Step], rescue: Rescue) -> None:
         """Run steps one after another; returns once all are committed.
 
-        A step that raises is undone and replaced by ``rescue(i, error)`` before the next one runs.
+        A step that raises is undone and replaced by ``rescue(i, error)`` before the next one runs. A
+        `StoreError`, or a rescue that raises, poisons the writer: the bad state is our own.
         The steps may be spread over several commits; each is whole in one.
         """
         if steps:
@@ -291,24 +292,25 @@ class Writer:
                 unit.result = steps[index](tx)
             except Exception as error:
                 tx.undo(point)
-                if not self._rescue(unit, index, error, point):
+                if not self._rescue(unit, index, error):
                     return True
             unit.index = index + 1
             if tx.ops >= max_ops or tx.size >= max_bytes or monotonic() > deadline:
                 return unit.index == len(steps)
         return True
 
-    def _rescue(self, unit: Unit[Any], index: int, error: Exception, point: Savepoint) -> bool:
-        """Put the rescue in a failed step's place; false when the unit has failed for its caller."""
-        if unit.rescue is None or isinstance(error, StoreError):
+    def _rescue(self, unit: Unit[Any], index: int, error: Exception) -> bool:
+        """Put the rescue in a failed step's place; false when the unit has failed for its caller. Such steps
+        must not be lost: when the store or the rescue is at fault, nothing more is committed."""
+        if unit.rescue is None:
             unit.fail(error)
             return False
+        if isinstance(error, StoreError):
+            raise error
         try:
             unit.rescue(index, error)(self._tx)
         except Exception as worse:
-            self._tx.undo(point)
-            unit.fail(worse)
-            return False
+            raise StoreError(f"{unit.name}: the rescue of a failed step failed: {worse}") from worse
         return True
 
     async def _commit(self, done: list[Unit[Any]]) -> None:

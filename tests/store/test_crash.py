@@ -41,7 +41,7 @@ async def assert_exact(folder: Path) -> int:
         head, _ = db.get(keyspaces.CURSORS, keyspaces.HEAD) or (1, 0)
     async with opened(folder, boot="one boot", clean=False) as store:
         assert store.log.head == head
-        assert store.log.holes == []
+        assert store.writer.state.hole is None
         events = store.events()
         numbers = [event.fields["number"] for event in events if event.kind == "sync"]
         assert numbers == sorted(numbers)

@@ -14,7 +14,7 @@ from indexer.store.codecs import INVALID, AccountStatus, Mode
 from indexer.store.gc import collect, verdict
 from indexer.store.keyspaces import BLOCK_REFS, BLOCKS, CURSORS, EVENTS, GC_QUEUE, REFLOG
 from indexer.store.refcounts import fold
-from indexer.store.retention import Watermark, cutoff, prune
+from indexer.store.retention import Watermark, prune
 from tests.store.support import ALICE, BOB, LIKE, POST, Clock, Store, block_of, cid_of, opened
 
 HOUR = {"retention": 3600}
@@ -248,13 +248,13 @@ async def test_many_reclaimed_blocks_ask_for_a_compaction_of_their_range(tmp_pat
 # ---- retention
 
 
-def test_the_cutoff_is_the_newest_watermark_not_after_the_time() -> None:
-    marks = [Watermark(10, 1), Watermark(20, 5), Watermark(30, 9)]
-    assert cutoff(marks, 9) is None
-    assert cutoff(marks, 10) == marks[0]
-    assert cutoff(marks, 29) == marks[1]
-    assert cutoff(marks, 99) == marks[2]
-    assert cutoff([], 99) is None
+async def test_the_cutoff_is_the_newest_watermark_not_after_the_time(tmp_path: Path) -> None:
+    async with opened(tmp_path, events=HOUR) as store:
+        assert store.retention._cutoff(99) is None
+        marks = [Watermark(10, 1), Watermark(20, 5), Watermark(30, 9)]
+        for mark in marks:
+            await store.do(lambda tx, mark=mark: tx.set_cursor(mark.cursor, mark.next))  # type: ignore[misc]
+        assert [store.retention._cutoff(time) for time in (9, 10, 29, 99)] == [None, *marks]
 
 
 async def test_events_go_when_they_are_older_than_the_retention(tmp_path: Path) -> None:
@@ -313,9 +313,9 @@ async def test_an_interrupted_prune_goes_on_at_the_floor(tmp_path: Path) -> None
             await store.put(ALICE, f"a.b.c/{number}", str(number))
         await store.retention.run_once()
         clock.forward(4000)
-        events, stop = store.retention._below(11)
-        assert stop == 4
-        await store.writer.run("retention", lambda tx: prune(events, stop, [], tx))
+        plan = store.retention._below(11)
+        assert plan.stop == 4
+        await store.writer.run("retention", lambda tx: prune(plan, [], tx))
         store.assert_clean()
     async with opened(tmp_path, events=HOUR, clock=clock) as store:
         assert store.log.floor == 4

@@ -49,7 +49,7 @@ async def test_the_result_of_a_function_is_its_callers(tmp_path: Path) -> None:
 
 
 async def test_units_that_wait_are_joined_in_one_commit(tmp_path: Path) -> None:
-    async with opened(tmp_path) as store:
+    async with opened(tmp_path, writer={"group_ms": 1000}) as store:
         before = store.writer.stats.groups
         await asyncio.gather(*[store.put(ALICE, f"a.b.c/{n}", str(n)) for n in range(50)])
         assert store.writer.stats.groups - before == 1
@@ -140,12 +140,31 @@ async def test_our_own_faults_are_not_rescued(tmp_path: Path) -> None:
             raise StoreCorrupt("a row does not decode")
 
         steps = [put_step(ALICE, POST, "one"), damaged, put_step(ALICE, LIKE, "two")]
+        frames = await store.writer.submit_ordered("frames", steps, refuse)
+        later = await store.writer.submit_ordered("frames", [lambda tx: tx.set_cursor("upstream", 9)], refuse)
+        for future in (frames, later):
+            with pytest.raises(WriterPoisoned, match="does not decode"):
+                await future
+        assert isinstance(await store.writer.wait_closed(), StoreCorrupt)
+        assert store.events() == []
+        assert store.db.cursor("upstream") is None
+    async with opened(tmp_path) as store:
+        store.assert_clean()
+
+
+async def test_a_store_error_in_a_function_without_a_rescue_is_its_callers(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+
+        def damaged(_tx: Transaction) -> None:
+            raise StoreCorrupt("a row does not decode")
+
         with pytest.raises(StoreCorrupt):
-            await store.writer.run_ordered("frames", steps, refuse)
-        assert store.actions() == ["create"]
+            await store.writer.run("one", damaged)
+        assert not store.writer.poisoned
+        await store.put(ALICE, POST, "one")
 
 
-async def test_a_rescue_that_fails_ends_its_unit_alone(tmp_path: Path) -> None:
+async def test_a_rescue_that_fails_poisons_the_writer(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
 
         def rescue(_index: int, _error: Exception) -> Callable[[Transaction], None]:
@@ -155,10 +174,13 @@ async def test_a_rescue_that_fails_ends_its_unit_alone(tmp_path: Path) -> None:
 
             return step
 
-        with pytest.raises(RuntimeError, match="worse"):
+        with pytest.raises(WriterPoisoned, match="worse"):
             await store.writer.run_ordered("frames", [failing, put_step(ALICE, POST, "one")], rescue)
         assert store.events() == []
-        await store.put(ALICE, POST, "one")
+        with pytest.raises(WriterPoisoned):
+            await store.put(ALICE, POST, "one")
+    async with opened(tmp_path) as store:
+        assert store.events() == []
         store.assert_clean()
 
 
@@ -312,7 +334,7 @@ async def test_ids_are_consecutive_after_a_kill(tmp_path: Path) -> None:
         async with opened(tmp_path, clean=False) as store:
             assert store.log.head == number + 1
             await store.put(ALICE, f"a.b.c/{number}", "x")
-            assert store.log.holes == []
+            assert store.writer.state.hole is None
 
 
 async def test_ids_go_on_above_the_synced_mark_after_a_power_cut(tmp_path: Path) -> None:
@@ -321,14 +343,15 @@ async def test_ids_go_on_above_the_synced_mark_after_a_power_cut(tmp_path: Path)
     async with opened(tmp_path, boot="two", clean=False) as store:
         head = store.log.head
         assert head >= RESERVE_IDS
-        assert store.log.holes == [(2, head)]
+        assert store.writer.state.hole == (2, head)
+        assert store.db.get(CURSORS, f"{keyspaces.HOLE}2") == head
         await store.put(ALICE, LIKE, "two")
         assert [event.id for event in store.events()] == [1, head]
         assert [event.id for event in store.log.read(2, 10)] == [head]
         store.assert_clean()
     async with opened(tmp_path, boot="two") as store:
         assert store.log.head == head + 1
-        assert store.log.holes == [(2, head)]
+        assert store.writer.state.hole is None
 
 
 async def test_a_clean_shutdown_leaves_no_hole_over_a_restart_of_the_machine(tmp_path: Path) -> None:
@@ -336,7 +359,7 @@ async def test_a_clean_shutdown_leaves_no_hole_over_a_restart_of_the_machine(tmp
         await store.put(ALICE, POST, "one")
     async with opened(tmp_path, boot="two") as store:
         assert store.log.head == 2
-        assert store.log.holes == []
+        assert store.writer.state.hole is None
 
 
 async def test_without_a_boot_id_only_a_clean_shutdown_is_trusted(tmp_path: Path) -> None:
