@@ -1,4 +1,4 @@
-"""The DAG-CBOR border: bytes to values and back, strict for what is hashed, lenient for record bodies.
+"""The DAG-CBOR border: bytes to values and back, lenient; `node` and `commit` hold their own to canonical form.
 
 libipld does the work. It returns links as plain bytes and its encoder turns bytes that look like a CID into
 links, so whatever must tell the two apart goes through `Link` and the exact codec below. Every foreign
@@ -50,15 +50,6 @@ def decode(data: bytes) -> Any:
         raise DagCborError(f"not DAG-CBOR: {_reason(error)}") from error
 
 
-def decode_canonical(data: bytes) -> Any:
-    """As `decode`, and encoding the value must give the same bytes; no floats, integers within 64 bits."""
-    value = decode(data)
-    if encode_exact(decode_exact(data)) != data:
-        raise DagCborError("not in canonical form: encoding the value again gives other bytes")
-    _check_values(value)
-    return value
-
-
 def decode_exact(data: bytes) -> Any:
     """As `decode`, with links as `Link` and byte strings as bytes."""
     value = decode(data)
@@ -90,21 +81,6 @@ def _link_of(*arguments: Any) -> Link:
     if tag.tag != 42 or not isinstance(tag.value, bytes) or tag.value[:1] != b"\x00":
         raise DagCborError(f"tag {tag.tag} is not a CID link")
     return Link(tag.value[1:])
-
-
-def _check_values(value: Any) -> None:
-    """Refuse floats and integers beyond 64 bits anywhere in a decoded value."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, list):
-            stack.extend(item)
-        elif isinstance(item, float):
-            raise DagCborError(f"a float is not allowed here: {item!r}")
-        elif isinstance(item, int) and not -(2**63) <= item < 2**63:
-            raise DagCborError(f"an integer beyond 64 bits: {item}")
 
 
 def encode_exact(value: Any) -> bytes:

@@ -122,7 +122,8 @@ def is_datetime(text: str) -> bool:
     return (
         _datetime(text) is not None
         and _real_day(text)
-        and (text[:4] != "0000" or _days_micros(text) >= _YEAR_0)
+        # Local midnight of the first day can lie before the year 0.
+        and not (text[:10] == "0000-01-01" and text[-6] == "+" and text[11:16] < text[-5:])
     )
 
 
@@ -218,31 +219,3 @@ def _real_day(text: str) -> bool:
         return True
     month, day = int(text[5:7]), int(text[8:10])
     return day <= _MONTH_DAYS[month - 1] + (month == 2 and _leap(int(text[:4])))
-
-
-def _days_micros(text: str) -> Micros:
-    year, month, day = int(text[:4]), int(text[5:7]), int(text[8:10])
-    past = year - 1  # floor division holds for year 0 as well
-    days = past * 365 + past // 4 - past // 100 + past // 400 + sum(_MONTH_DAYS[: month - 1]) + day
-    if month > 2 and _leap(year):
-        days += 1
-    seconds = (
-        (days - _EPOCH_DAYS) * 86400 + int(text[11:13]) * 3600 + int(text[14:16]) * 60 + int(text[17:19])
-    )
-    end = 19
-    if text[19] == ".":
-        end = len(text) - (1 if text[-1] == "Z" else 6)
-    fraction = int((text[20:end] + "000000")[:6])
-    if text[-1] != "Z":
-        offset = int(text[-5:-3]) * 3600 + int(text[-2:]) * 60
-        seconds += offset if text[-6] == "-" else -offset
-    return seconds * 1_000_000 + fraction
-
-
-_EPOCH_DAYS = 719163  # of 1970-01-01, where 0001-01-01 is day 1
-_YEAR_0 = (-365 - _EPOCH_DAYS) * 86_400_000_000
-
-
-def datetime_micros(text: str) -> Micros:
-    """The moment that a datetime names, in microseconds since the epoch; raises `SyntaxInvalid`."""
-    return _days_micros(check_datetime(text))

@@ -41,7 +41,6 @@ def test_interop_fixtures_give_the_same_block_cid_and_json() -> None:
         assert format_cid(dag_cbor_cid(block)) == fixture["cid"]
         assert json.loads(dagcbor.record_to_json(block)) == fixture["json"]
         assert dagcbor.encode_exact(dagcbor.decode_exact(block)) == block
-        dagcbor.decode_canonical(block)
         dagcbor.check_record(block)
 
 
@@ -63,32 +62,39 @@ def test_interop_invalid_values_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    "data",
     [
-        (b"", "end of data"),
-        (b"\x18\x01", "canonical"),  # 1 in two bytes
-        (b"\x78\x01a", "canonical"),  # a length in two bytes
-        (b"\xd9\x00\x2a\x58\x25\x00" + CID_BYTES, "canonical"),  # tag 42 in three bytes
-        (b"\xd8\x2a\x59\x00\x25\x00" + CID_BYTES, "canonical"),
-        (b"\xfb\x3f\xf0\x00\x00\x00\x00\x00\x00", "float"),
-        (b"\xf9\x3c\x00", "DAG-CBOR"),  # half float
-        (b"\xf7", "DAG-CBOR"),  # undefined
-        (b"\x9f\xff", "DAG-CBOR"),  # indefinite
-        (b"\xa2aa\x01aa\x02", "DAG-CBOR"),  # a key twice
-        (b"\xa2bbb\x01ac\x02", "DAG-CBOR"),  # keys out of order
-        (b"\xa1\x01\x01", "DAG-CBOR"),  # a key that is no string
-        (b"\x01\x01", "DAG-CBOR"),  # something behind
-        (b"\x61\xff", "DAG-CBOR"),  # not UTF-8
-        (b"\xc1\x01", "DAG-CBOR"),  # another tag
-        (b"\xd8\x2a\x58\x24" + CID_BYTES, "DAG-CBOR"),  # a link without its zero byte
-        (b"\x1b\x80\x00\x00\x00\x00\x00\x00\x00", "64 bits"),
-        (b"\x81" * 5000 + b"\x01", "DAG-CBOR"),
-        (b"\x9b\x7f" + b"\xff" * 7, "DAG-CBOR"),
+        b"",
+        b"\xf9\x3c\x00",  # half float
+        b"\xf7",  # undefined
+        b"\x9f\xff",  # indefinite
+        b"\xa2aa\x01aa\x02",  # a key twice
+        b"\xa2bbb\x01ac\x02",  # keys out of order
+        b"\xa1\x01\x01",  # a key that is no string
+        b"\x01\x01",  # something behind
+        b"\x61\xff",  # not UTF-8
+        b"\xc1\x01",  # another tag
+        b"\xd8\x2a\x58\x24" + CID_BYTES,  # a link without its zero byte
+        b"\x81" * 5000 + b"\x01",
+        b"\x9b\x7f" + b"\xff" * 7,
     ],
 )
-def test_not_canonical(data: bytes, words: str) -> None:
-    with pytest.raises(DagCborError, match=words):
-        dagcbor.decode_canonical(data)
+def test_not_dag_cbor(data: bytes) -> None:
+    with pytest.raises(DagCborError, match="not DAG-CBOR"):
+        dagcbor.decode(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x18\x01",  # 1 in two bytes
+        b"\x78\x01a",  # a length in two bytes
+        b"\xd9\x00\x2a\x58\x25\x00" + CID_BYTES,  # tag 42 in three bytes
+        b"\xd8\x2a\x59\x00\x25\x00" + CID_BYTES,
+    ],
+)
+def test_a_head_that_is_too_long_does_not_come_back(data: bytes) -> None:
+    assert dagcbor.encode_exact(dagcbor.decode_exact(data)) != data
 
 
 def test_a_byte_string_that_looks_like_a_cid_stays_a_byte_string() -> None:
@@ -96,7 +102,6 @@ def test_a_byte_string_that_looks_like_a_cid_stays_a_byte_string() -> None:
     exact = dagcbor.decode_exact(b"\x82" + LINK + AS_BYTES)
     assert [type(item) for item in exact] == [Link, bytes]
     assert dagcbor.encode_exact(exact) == b"\x82" + LINK + AS_BYTES
-    assert dagcbor.decode_canonical(b"\x81" + AS_BYTES) == [CID_BYTES]
 
 
 VALUES = st.recursive(
@@ -131,7 +136,6 @@ def test_exact_codec_agrees_with_an_independent_one(value: Any) -> None:
     back = dagcbor.decode_exact(block)
     assert back == value
     assert dagcbor.encode_exact(back) == block
-    dagcbor.decode_canonical(block)
 
 
 @settings(deadline=None, max_examples=100)
@@ -139,7 +143,6 @@ def test_exact_codec_agrees_with_an_independent_one(value: Any) -> None:
 def test_whatever_comes_only_our_errors_go_out(data: bytes) -> None:
     for function in (
         dagcbor.decode,
-        dagcbor.decode_canonical,
         dagcbor.decode_exact,
         dagcbor.record_to_json,
         dagcbor.check_record,
@@ -163,7 +166,6 @@ def test_a_damaged_value_raises_only_our_errors(block: bytes, data: st.DataObjec
 def test_deep_nesting_is_our_error_everywhere(depth: int) -> None:
     block = b"\xa1aa" + b"\x81" * depth + b"\x01"
     for call in (
-        dagcbor.decode_canonical,
         dagcbor.record_to_json,
         dagcbor.check_record,
         dagcbor.decode_exact,
