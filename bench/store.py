@@ -33,7 +33,7 @@ from indexer.store.transaction import Transaction
 from indexer.store.upkeep import compact_all
 from indexer.store.writer import Writer
 
-_SYNCED: Final = NEW_REPO._replace(tracked=True, state=SyncState.SYNCED, complete=True)
+SYNCED: Final = NEW_REPO._replace(tracked=True, state=SyncState.SYNCED, complete=True)
 _PER_UNIT: Final = 50
 _UNITS: Final = 40  # in flight
 _RETENTION_S: Final = 3.0
@@ -89,7 +89,7 @@ def put(number: int, count: int, version: int, live: bool, tx: Transaction) -> N
     """Records of one repository, as a commit or a chunk of a fetched repository writes them."""
     did = owner(number // PER_REPO)
     if tx.repo(did) is None:
-        tx.set_repo(did, _SYNCED)
+        tx.set_repo(did, SYNCED)
     for each in range(number, number + count):
         path, cid, block = made(each, version)
         tx.put_record(did, path, cid, block, "3l6oveex3ii2l", live=live)
