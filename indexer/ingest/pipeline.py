@@ -348,9 +348,11 @@ class Pipeline:
             return self._rescue(messages[index], error)
 
         future = await self._tools.writer.submit_ordered("ingest", steps, rescue)
-        future.add_done_callback(lambda _: self._committed(batch))
+        future.add_done_callback(lambda done: self._committed(batch, done))
 
-    def _committed(self, batch: Batch) -> None:
+    def _committed(self, batch: Batch, done: asyncio.Future[None]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            return  # nobody may go on from here: the writer is closed for good, these will come again
         self._bytes -= batch.size
         self._changed.set()
 
