@@ -25,6 +25,12 @@ def truth() -> dict[str, dict[str, Any]]:
     }
 
 
+def handles(network: ReplayNetwork) -> list[str]:
+    """Where the hosts of the accounts' handles are found."""
+    place = network.plc_url.removeprefix("http://")
+    return [f"{account['handle']}:{port}={place}" for account in truth().values() for port in (80, 443)]
+
+
 def quiet(node: Node) -> bool:
     """Nothing is due, waits or is under way."""
     rows = [row for _, row in node.db.repos()]
@@ -96,7 +102,7 @@ async def replay(folder: Path, phases: list[list[int]], verifiers: int, kind: st
             "plc_urls": [network.plc_url],
             "verifiers": verifiers,
             "filter": {"mode": "full"},
-            "network": {"connect_to": network.connect_to},
+            "network": {"connect_to": [*network.connect_to, *handles(network)]},
             "ingest": {"refresh_interval": 0.2, "first_sight_wait": 0.2},
             "backfill": {"retry_min": 0.1, "retry_max": 0.5},
         }

@@ -242,7 +242,7 @@ class Job:
             log.info("backfill_obsolete", did=self._did, changes=applied.changes)
             return
         tools.stats.applied(verified.records, applied.changes)
-        if applied.row.work & Work.CHECK_STATUS:
+        if applied.row.work & ~Work.DRAIN:
             tools.woken(self._did)
         if applied.row.work & Work.DRAIN and applied.row.state is SyncState.BACKFILLING:
             await self._drain()

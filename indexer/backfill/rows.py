@@ -1,7 +1,7 @@
 """What the backfill does to repository rows: request, postpone, claim, fail.
 
 Each is one step on the writer, a value that is called with the transaction. Decisions on rows and
-errors are `outcome`'s; how words become an account's status is `indexer.ingest.account`'s.
+errors are `outcome`'s; how words become an account's status is `indexer.ingest.words`'s.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from indexer.backfill.outcome import Failure, failed
 from indexer.backfill.queue import CLAIMED_DUE, explicit_due
 from indexer.config import BackfillSettings
 from indexer.identity.resolver import Identity
-from indexer.ingest.account import CHECKED, effective, with_status
 from indexer.ingest.apply import with_identity
+from indexer.ingest.words import bury, with_check
 from indexer.store.codecs import NEW_REPO, AccountStatus, AccountWord, RepoRow, SyncState, Work
 from indexer.store.database import Database
 from indexer.store.transaction import Transaction
@@ -128,21 +128,14 @@ class FailUnit:
             bury(tx, self.did)
             return
         if self.failure.status is not None:
-            row = with_word(tx, self.did, row, self.failure.status, tx.now_us)
+            row = with_check(tx, self.did, row, self.failure.status, tx.now_us, ephemeral=False)
         tx.set_repo(self.did, failed(row, self.failure, tx.now_us, self.settings, self.jitter))
 
 
 def known_identity(tx: Transaction, did: Did, row: RepoRow, identity: Identity) -> RepoRow:
     """The row with an identity that may come from the cache: a hint to ask again stays one."""
-    return with_identity(tx, did, row, identity)._replace(work=row.work)
-
-
-def bury(tx: Transaction, did: Did) -> None:
-    """The directory says that the identity was deleted: its content goes, the row stays to be asked."""
-    tx.wipe_repo(did, AccountStatus.DELETED)
-    row = tx.repo(did)
-    if row is not None:
-        tx.set_repo(did, row._replace(tracked=True))
+    new = with_identity(tx, did, row, identity)
+    return new._replace(work=row.work | new.work & Work.VERIFY_HANDLE)
 
 
 class Asked(NamedTuple):
@@ -166,19 +159,4 @@ def back_again(tx: Transaction, did: Did, row: RepoRow, asked: Asked | None) -> 
     # Words that came in meanwhile are newer whatever the clocks of their hosts say.
     if asked is None or words != asked.words or any(word.time > asked.at for word in words):
         return row._replace(work=row.work | Work.CHECK_STATUS)
-    return with_word(tx, did, row, AccountStatus.ACTIVE, asked.at)
-
-
-def with_word(tx: Transaction, did: Did, row: RepoRow, status: AccountStatus, at: Micros) -> RepoRow:
-    """The row after its PDS itself told the account's status; the log hears of a change.
-
-    Kept as the word of a check at that time, so that other words of upstreams are weighed against it.
-    """
-    word = AccountWord(CHECKED, status, status.active, 0, at)
-    tx.set_account_word(did, *word)
-    words = [other for other in tx.account_words(did) if other.source != CHECKED]
-    now = effective([*words, word], row.pds)
-    if now is row.status:
-        return row
-    tx.append_event("account", did, fields={"active": now.active, "status": now.label})
-    return with_status(row, now, tx.now_us, ephemeral=False)
+    return with_check(tx, did, row, AccountStatus.ACTIVE, asked.at, ephemeral=False)

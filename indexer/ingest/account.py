@@ -37,7 +37,7 @@ _DEFAULT_PORTS = {"https": 443, "wss": 443, "http": 80, "ws": 80}
 
 
 @lru_cache(maxsize=4096)
-def host_of(url: str) -> str:
+def host_and_port(url: str) -> str:
     """``host:port`` of a URL or upstream name, the same for https and wss; "" when there is none."""
     parts = urlsplit(url.removeprefix(PDS_PREFIX))
     try:
@@ -49,7 +49,7 @@ def host_of(url: str) -> str:
 
 def has_authority(source: str, pds: str) -> bool:
     """Row 4: a relay may speak of every account, a PDS of those that live on it."""
-    return not source.startswith(PDS_PREFIX) or (pds != "" and host_of(source) == host_of(pds))
+    return not source.startswith(PDS_PREFIX) or (pds != "" and host_and_port(source) == host_and_port(pds))
 
 
 def status_of(active: bool, status: str | None) -> AccountStatus:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from indexer.atproto.types import Did, Rev
+from indexer.atproto.types import Did, Handle, Rev
 from indexer.errors import IdentityGone
 from indexer.identity.resolver import Identity
 from indexer.ingest.account import CHECKED, PDS_PREFIX, has_authority
-from indexer.ingest.apply import Applier, with_identity
+from indexer.ingest.apply import Applier, tell_identity, with_identity
 from indexer.ingest.machine import Situation, desynchronized, drained
-from indexer.ingest.tools import Tools
+from indexer.ingest.tools import IngestTools
+from indexer.ingest.words import bury, with_check, with_words
 from indexer.store.codecs import AccountStatus, AccountWord, RepoRow, SyncState, Work
 from indexer.store.transaction import Transaction
 
@@ -22,7 +23,7 @@ from indexer.store.transaction import Transaction
 class Answers:
     """The steps, with what they share."""
 
-    def __init__(self, tools: Tools, applier: Applier) -> None:
+    def __init__(self, tools: IngestTools, applier: Applier) -> None:
         self._tools = tools
         self._applier = applier
         self._first_sight_us = int(tools.settings.ingest.first_sight_wait * 1_000_000)
@@ -33,12 +34,14 @@ class Answers:
         if row is None:
             return
         new = self._with_identity(tx, did, row, identity)
+        if identity.handle:  # asked anew, also where the claim is the same: its domain may say something else
+            new = new._replace(work=new.work | Work.VERIFY_HANDLE)
         if new.state is not SyncState.BACKFILLING:
             if tx.buffer_size(did)[0]:
                 new = new._replace(work=new.work | Work.RESOLVE)
             else:
                 new = self.at_rest(tx, did, new, resolved=True)
-        self._store(tx, did, row, new)
+        self._applier.store(tx, did, row, new)
 
     def gone(self, tx: Transaction, did: Did, error: IdentityGone) -> None:
         """An authoritative no: what waits is refused; a deleted identity takes its repository along."""
@@ -54,7 +57,7 @@ class Answers:
             return
         work = row.work & ~(Work.RESOLVE | Work.CHECK_STATUS | Work.COMPARE_REV)
         new = row._replace(signing_key="", pds="", work=work, error=f"identity_gone: {error}"[:500])
-        self._store(tx, did, row, new)
+        self._applier.store(tx, did, row, new)
 
     def checked(self, tx: Transaction, did: Did, identity: Identity, status: AccountStatus | None) -> None:
         """The account's PDS told its status; None where its answer says nothing."""
@@ -67,10 +70,8 @@ class Answers:
         if status is AccountStatus.DELETED and all(word.status is not status for word in words):
             status = None  # a host that does not know an account has not said that it was deleted
         if status is not None:
-            word = AccountWord(CHECKED, status, status.active, 0, tx.now_us)
-            tx.set_account_word(did, *word)
-            new = self._applier.with_words(tx, did, new, [*words, word], {})
-        self._store(tx, did, row, new)
+            new = with_check(tx, did, new, status, tx.now_us, ephemeral=self._applier.ephemeral)
+        self._applier.store(tx, did, row, new)
         confirmed = status is AccountStatus.DELETED or _told_by_its_pds(words, identity.pds)
         if confirmed and new.status is AccountStatus.DELETED and row.rev:
             self.purge(tx, did)
@@ -78,10 +79,19 @@ class Answers:
     def purge(self, tx: Transaction, did: Did) -> None:
         """The account is deleted for certain: its content goes, its row stays to be asked."""
         self._tools.routes.forget(did)
-        tx.wipe_repo(did, AccountStatus.DELETED)
+        bury(tx, did)
+
+    def handle(self, tx: Transaction, did: Did, claimed: Handle, handle: Handle) -> bool:
+        """What became of a claimed handle; false when another one is claimed by now."""
         row = tx.repo(did)
-        if row is not None:
-            tx.set_repo(did, row._replace(tracked=True))
+        known = self._tools.resolver.cached(did)
+        if row is None or (known is not None and known.handle != claimed):
+            return row is None
+        new = row._replace(handle=handle, work=row.work & ~Work.VERIFY_HANDLE)
+        if new.handle != row.handle:
+            tell_identity(tx, did, new)
+        self._applier.store(tx, did, row, new)
+        return True
 
     def compared(self, tx: Transaction, did: Did, rev: Rev | None) -> None:
         """The host told its rev (None: it did not); newer than ours means that we missed something."""
@@ -95,7 +105,7 @@ class Answers:
                 new = desynchronized(new, "compare_rev", situation)
             elif not row.due and not situation.ephemeral:
                 new = new._replace(due=situation.now_us)
-        self._store(tx, did, row, new)
+        self._applier.store(tx, did, row, new)
 
     def at_rest(self, tx: Transaction, did: Did, row: RepoRow, *, resolved: bool) -> RepoRow:
         """The row when nothing waits for the repository; ``resolved``: its identity is as of now."""
@@ -113,17 +123,12 @@ class Answers:
         if did in self._tools.hints:
             new = new._replace(work=new.work | Work.RESOLVE)
         if moved:
-            new = self._applier.with_words(tx, did, new, tx.account_words(did), {})
+            new = with_words(tx, did, new, tx.account_words(did), ephemeral=self._applier.ephemeral)
             if new.status is not row.status and not new.status.active:
                 new = new._replace(work=new.work | Work.CHECK_STATUS)
         if new.error.startswith("identity_gone"):
             new = new._replace(error="")
         return new
-
-    @staticmethod
-    def _store(tx: Transaction, did: Did, old: RepoRow, new: RepoRow) -> None:
-        if new != old:
-            tx.set_repo(did, new)
 
 
 def _told_by_its_pds(words: list[AccountWord], pds: str) -> bool:

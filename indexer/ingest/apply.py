@@ -7,17 +7,17 @@ network becomes a `Work` flag in the row and a wake-up for `identities`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 from indexer.atproto.frames import AccountFrame, CommitFrame, IdentityFrame, SyncFrame
 from indexer.atproto.types import Did, DidKey, Seq
-from indexer.identity.resolver import Identity
-from indexer.ingest.account import effective, has_authority, is_stale, micros_of, status_of, with_status
+from indexer.identity.resolver import INVALID_HANDLE, Identity
+from indexer.ingest.account import has_authority, is_stale, micros_of, status_of
 from indexer.ingest.filters import Filters
 from indexer.ingest.machine import LABELS, Act, Decision, Situation, decide, desynchronized
-from indexer.ingest.tools import Tools
+from indexer.ingest.tools import IngestTools
 from indexer.ingest.verify import COMMIT, SYNC, Verdict
+from indexer.ingest.words import with_words
 from indexer.store.codecs import (
     NEW_REPO,
     OVERSIZE,
@@ -53,15 +53,19 @@ class Result(NamedTuple):
     reason: str
 
 
+class Wake(Protocol):
+    """``fresh`` are the flags of ``work`` that were not in the row before."""
+
+    def __call__(self, did: Did, work: int, fresh: int) -> None: ...
+
+
 _UNWANTED = Result(Act.DROP, "unwanted")
 
 
 class Applier:
-    """The steps, with what they share. ``wake`` is told of DIDs whose row has due work."""
+    """The steps, with what they share. ``wake`` is told of DIDs whose row has due work, and which."""
 
-    def __init__(
-        self, filters: Filters, tools: Tools, wake: Callable[[Did], None], *, ephemeral: bool
-    ) -> None:
+    def __init__(self, filters: Filters, tools: IngestTools, wake: Wake, *, ephemeral: bool) -> None:
         self.filters = filters
         self.ephemeral = ephemeral
         self._tools = tools
@@ -76,6 +80,7 @@ class Applier:
         did = arrival.did
         row = self._followed(tx, did, arrival)
         if row is None:
+            self._tools.routes.forget(did)
             return _UNWANTED
         if verdict is None or arrival.key != row.signing_key:
             self._tools.routes.forget(did)
@@ -112,7 +117,7 @@ class Applier:
             if decision.reason != verdict.reason:
                 why = f"{row.pds or 'another host'} is the account's PDS"
             tx.quarantine(arrival.source, arrival.seq, arrival.did, decision.reason, why, arrival.data)
-        self._store(tx, arrival.did, row, new)
+        self.store(tx, arrival.did, row, new)
         if decision.since_mismatch:
             tx.add_count(f"ingest/{arrival.source}/note/since_mismatch", 1)
         return Result(decision.act, reason)
@@ -148,7 +153,7 @@ class Applier:
         if row.state is not SyncState.BACKFILLING or not row.signing_key:
             work |= Work.RESOLVE  # else it is replayed once the fetched repository is applied
         new = self._buffer(tx, arrival, row._replace(work=work), vouched=False)
-        self._store(tx, arrival.did, row, new)
+        self.store(tx, arrival.did, row, new)
         return Result(Act.BUFFER, "identity")
 
     def _buffer(self, tx: Transaction, arrival: Arrival, row: RepoRow, *, vouched: bool) -> RepoRow:
@@ -169,9 +174,9 @@ class Applier:
         self._tools.routes.forget(arrival.did)
         tx.quarantine(arrival.source, arrival.seq, arrival.did, reason, str(error), arrival.data)
         row = tx.repo(arrival.did)
-        if row is not None and row.tracked:
+        if row is not None and row.tracked and arrival.frame.rev > row.rev:
             situation = Situation(tx.now_us, ephemeral=self.ephemeral)
-            self._store(tx, arrival.did, row, desynchronized(row, reason, situation))
+            self.store(tx, arrival.did, row, desynchronized(row, reason, situation))
 
     # ---- #identity and #account
 
@@ -181,7 +186,7 @@ class Applier:
         if row is None:
             return _UNWANTED
         self._tools.hint(frame.did)
-        self._store(tx, frame.did, row, row._replace(work=row.work | Work.RESOLVE))
+        self.store(tx, frame.did, row, row._replace(work=row.work | Work.RESOLVE))
         return Result(Act.APPLY, "identity")
 
     def account(self, tx: Transaction, source: str, frame: AccountFrame) -> Result:
@@ -191,33 +196,23 @@ class Applier:
         if row is None:
             return _UNWANTED
         status = status_of(frame.active, frame.status)
-        word = AccountWord(source, status, frame.active, frame.seq, micros_of(frame.time))
+        # A host's clock that is ahead must not outweigh what is learned until then.
+        time_us = min(micros_of(frame.time), tx.now_us)
+        word = AccountWord(source, status, frame.active, frame.seq, time_us)
         words = {word.source: word for word in tx.account_words(did)}
         if is_stale(word, words.get(source)):
             return Result(Act.DROP, "stale_word")
         tx.set_account_word(did, *word)
         words[source] = word
         trusted = has_authority(source, row.pds)
-        new = self.with_words(tx, did, row, list(words.values()), {"seq": frame.seq, "time": frame.time})
+        fields = {"seq": frame.seq, "time": frame.time}
+        new = with_words(tx, did, row, list(words.values()), fields, ephemeral=self.ephemeral)
         if not trusted:  # its PDS may have moved since we looked
             new = new._replace(work=new.work | Work.RESOLVE)
         elif not frame.active or not new.status.active:
             new = new._replace(work=new.work | Work.CHECK_STATUS)
-        self._store(tx, did, row, new)
+        self.store(tx, did, row, new)
         return Result(Act.APPLY, "account") if trusted else Result(Act.REJECT, "authority")
-
-    def with_words(
-        self, tx: Transaction, did: Did, row: RepoRow, words: list[AccountWord], fields: Mapping[str, Any]
-    ) -> RepoRow:
-        """The row under the status that ``words`` make; the log hears of a change."""
-        status = effective(words, row.pds)
-        if status is row.status:
-            return row
-        said: dict[str, Any] = {"active": status.active}
-        if not status.active:
-            said["status"] = status.label
-        tx.append_event("account", did, fields={**said, **fields})
-        return with_status(row, status, tx.now_us, ephemeral=self.ephemeral)
 
     # ---- rows
 
@@ -246,28 +241,40 @@ class Applier:
         row = NEW_REPO._replace(tracked=True, work=Work.RESOLVE)
         if identity is not None:
             row = with_identity(tx, did, row, identity)
-        row = self.with_words(tx, did, row, tx.account_words(did), {})
-        self._store(tx, did, None, row)
+        row = with_words(tx, did, row, tx.account_words(did), ephemeral=self.ephemeral)
+        self.store(tx, did, None, row)
         return row
 
-    def _store(self, tx: Transaction, did: Did, old: RepoRow | None, new: RepoRow) -> None:
-        if new == old:
-            return
-        tx.set_repo(did, new)
-        if new.work and new.work & ~(0 if old is None else old.work):
-            self._wake(did)
+    def store(self, tx: Transaction, did: Did, old: RepoRow | None, new: RepoRow) -> None:
+        """The row, where it changed; whoever does the work that it has is told."""
+        if new != old:
+            tx.set_repo(did, new)
+        if new.work:  # told each time, so that no failure elsewhere leaves it forgotten in the row
+            self._wake(did, new.work, new.work & ~(0 if old is None else old.work))
 
 
 def with_identity(tx: Transaction, did: Did, row: RepoRow, identity: Identity) -> RepoRow:
-    """The row with a resolved identity; the log hears of it when something changed."""
-    if (row.signing_key, row.pds, row.handle) != (identity.signing_key, identity.pds, identity.handle):
-        tx.append_event("identity", did, fields={"handle": identity.handle, "pds": identity.pds})
-    return row._replace(
-        signing_key=identity.signing_key,
-        pds=identity.pds,
-        handle=identity.handle,
-        work=row.work & ~Work.RESOLVE,
-    )
+    """The row with a resolved identity; the log hears of another key or PDS at once.
+
+    A claimed handle is no fact: one that is new leaves the row without a handle until it is verified.
+    """
+    claimed = identity.handle
+    handle, work = row.handle, row.work & ~Work.RESOLVE
+    if not claimed:
+        handle = INVALID_HANDLE
+    elif claimed != handle:
+        handle = handle if handle == INVALID_HANDLE else ""
+        work |= Work.VERIFY_HANDLE
+    new = row._replace(signing_key=identity.signing_key, pds=identity.pds, handle=handle, work=work)
+    moved = (row.signing_key, row.pds) != (new.signing_key, new.pds)
+    if moved or (handle == INVALID_HANDLE and row.handle != INVALID_HANDLE):
+        tell_identity(tx, did, new)
+    return new
+
+
+def tell_identity(tx: Transaction, did: Did, row: RepoRow) -> None:
+    """The log's entry of an identity; without a handle while that is being verified."""
+    tx.append_event("identity", did, fields={"handle": row.handle or None, "pds": row.pds})
 
 
 def label(result: Result) -> str:

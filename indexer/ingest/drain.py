@@ -16,11 +16,12 @@ import structlog
 
 from indexer.atproto.frames import CommitFrame, SyncFrame, decode_frame
 from indexer.atproto.types import Did, DidKey, Rev
-from indexer.errors import FrameError, IdentityGone, StoreError
+from indexer.errors import FrameError, IdentityGone, StoreError, WorkerDied
 from indexer.ingest.answers import Answers
 from indexer.ingest.apply import Applier, Arrival, label
 from indexer.ingest.machine import Act, Situation, desynchronized
-from indexer.ingest.tools import Tools
+from indexer.ingest.suspects import WORKER_DIED, verified
+from indexer.ingest.tools import IngestTools
 from indexer.ingest.verify import Verdict, verify_batch
 from indexer.store.codecs import BufferedFrame, RepoRow, SyncState, Work, did_range
 from indexer.store.keyspaces import RESYNC_BUFFER
@@ -55,7 +56,7 @@ class Portion(NamedTuple):
 class Drainer:
     """Drains buffers, each by one task at a time."""
 
-    def __init__(self, tools: Tools, applier: Applier, answers: Answers) -> None:
+    def __init__(self, tools: IngestTools, applier: Applier, answers: Answers) -> None:
         self._tools = tools
         self._applier = applier
         self._answers = answers
@@ -94,7 +95,7 @@ class Drainer:
         if not frames or not row.signing_key:
             return Portion(row.signing_key, (), (), ())
         items = [(frame.data, row.signing_key) for frame in frames]
-        verdicts = await tools.pool.run(verify_batch, items, tools.limits())
+        verdicts = await verified(tools, items)
         return Portion(row.signing_key, frames, [_decoded(frame.data) for frame in frames], verdicts)
 
     async def _replay(self, did: Did, portion: Portion, fresh: bool) -> Progress:
@@ -164,7 +165,12 @@ class Drainer:
         if row is None or frame is None:
             return True
         arrival = Arrival(waiting.source, frame.seq, did, frame, waiting.data, portion.key)
-        result = self._applier.replay(tx, arrival, row, portion.verdicts[index], fresh=fresh)
+        verdict = portion.verdicts[index]
+        if verdict.reason == WORKER_DIED:
+            self._applier.failed(tx, arrival, WorkerDied(verdict.message))
+            tx.add_count(f"ingest/{waiting.source}/desync/{WORKER_DIED}", 1)
+            return True
+        result = self._applier.replay(tx, arrival, row, verdict, fresh=fresh)
         if result.act is Act.BUFFER:
             return fresh
         tx.add_count(f"ingest/{waiting.source}/{label(result)}", 1)

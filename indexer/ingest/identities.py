@@ -1,42 +1,32 @@
 """Due work: what the ordered pass left to be asked outside of it.
 
-Owns the order, the pace and the repetition of that work: resolve an identity and replay what waited for
-it, check a status, compare a rev. Each piece is a `Work` flag in a repository's row, so that a kill loses
-none; the queue in memory is bounded and refilled from the rows. Leaves out what the answers change
-(`answers`). Event loop only.
+Owns the questions and their pace: resolve an identity and replay what waited for it, check a status,
+compare a rev. Each is a `Work` flag in a repository's row; which repository comes when is `due`'s, what
+the answers change `answers`'. Event loop only.
 """
 
 from __future__ import annotations
 
-import asyncio
-import heapq
-from collections import OrderedDict
-from itertools import count
-from typing import NamedTuple
+from typing import Final
 from urllib.parse import quote
 
 import orjson
-import structlog
 
 from indexer.atproto.syntax import is_tid
 from indexer.atproto.types import Did
-from indexer.errors import FetchError, FetchRefused, FetchTransient, IdentityGone, IdentityUnavailable
+from indexer.errors import FetchRefused, FetchTransient, IdentityGone, IndexerError
 from indexer.identity.http import Response
 from indexer.identity.resolver import Identity
 from indexer.ingest.account import status_of
 from indexer.ingest.answers import Answers, Latest
 from indexer.ingest.drain import Drainer, is_ready
-from indexer.ingest.tools import Tools
+from indexer.ingest.due import DueQueue, Pace
+from indexer.ingest.tools import IngestTools
 from indexer.store.codecs import AccountStatus, RepoRow, Work
-
-log = structlog.get_logger()
 
 GET_STATUS = "/xrpc/com.atproto.sync.getRepoStatus?did="
 GET_REPO = "/xrpc/com.atproto.sync.getRepo?did="
 _MAX_STATUS_BYTES = 16_384
-_SCAN_ROWS = 500
-#: Waits between tries, in seconds: the first, and the longest.
-_RETRY_S = (1.0, 300.0)
 #: Tries after which a host that gives no usable answer is not asked again for the same reason.
 _MAX_TRIES = 10
 _REFUSALS = {
@@ -45,160 +35,65 @@ _REFUSALS = {
     "RepoSuspended": AccountStatus.SUSPENDED,
     "RepoNotFound": AccountStatus.DELETED,
 }
-
-
-class _Due(NamedTuple):
-    at: float  # loop time
-    number: int
-    did: Did
-    attempt: int
+#: What is asked of the network, in this order, and what can be done without it.
+QUESTIONS: Final = Work.RESOLVE | Work.CHECK_STATUS | Work.COMPARE_REV | Work.DRAIN | Work.PURGE
 
 
 class DueWork:
-    """The queue and the tasks that work it off."""
+    """What the work is, one repository at a time; `queue` says which."""
 
-    def __init__(self, tools: Tools, answers: Answers, drainer: Drainer) -> None:
+    def __init__(self, tools: IngestTools, answers: Answers, drainer: Drainer) -> None:
         self._tools = tools
         self._answers = answers
         self._drainer = drainer
-        self._queue: list[_Due] = []
-        self._known: set[Did] = set()
-        self._again: set[Did] = set()  # woken while worked on
-        self._numbers = count()
-        self._woken = asyncio.Event()
-        self._overflow = True  # rows may have work that the queue does not know of
-        self._permits = asyncio.Semaphore(tools.settings.identity.concurrency)
-        self._asked: OrderedDict[tuple[Did, Work], float] = OrderedDict()
-        self._running: set[asyncio.Task[None]] = set()
+        settings = tools.settings
+        self._pace = Pace(settings.ingest.refresh_interval, settings.ingest.work_repos)
+        self.queue = DueQueue(
+            tools.db, QUESTIONS, self._work_off,
+            limit=settings.ingest.work_repos, concurrency=settings.identity.concurrency,
+        )  # fmt: skip
 
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def add(self, did: Did) -> None:
-        """The repository's row has due work, committed by now."""
-        if did in self._known:
-            self._again.add(did)
-            return
-        if len(self._known) >= self._tools.settings.ingest.work_repos:
-            self._overflow = True
-            return
-        self._put(did, 0.0, 0)
-
-    async def run(self) -> None:
-        """Works until cancelled; begins with what the rows hold from before."""
-        try:
-            while True:
-                if self._overflow and len(self._known) * 2 <= self._tools.settings.ingest.work_repos:
-                    await self._scan()
-                await self._dispatch()
-        finally:
-            for task in self._running:
-                task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
-
-    async def _scan(self) -> None:
-        """Fills the queue from the rows."""
-        self._overflow = False
-        after = ""
-        while rows := self._tools.db.repos(after=after, limit=_SCAN_ROWS):
-            for did, row in rows:
-                if row.work and row.tracked:
-                    self.add(did)
-            after = rows[-1][0]
-            if self._overflow:
-                return
-            await asyncio.sleep(0)
-
-    async def _dispatch(self) -> None:
-        """Starts what is due; waits until something becomes due or is added."""
-        self._woken.clear()
-        loop = asyncio.get_running_loop()
-        while self._queue and self._queue[0].at <= loop.time():
-            await self._permits.acquire()
-            due = heapq.heappop(self._queue)
-            task = asyncio.create_task(self._work(due))
-            self._running.add(task)
-            task.add_done_callback(self._ended)
-        wait = self._queue[0].at - loop.time() if self._queue else 60.0
-        try:
-            async with asyncio.timeout(max(0.0, wait)):
-                await self._woken.wait()
-        except TimeoutError:
-            pass
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
-        self._permits.release()
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("due_work_failed", error=str(error), exc_info=error)
-
-    def _put(self, did: Did, wait: float, attempt: int) -> None:
-        self._known.add(did)
-        at = asyncio.get_running_loop().time() + wait
-        heapq.heappush(self._queue, _Due(at, next(self._numbers), did, attempt))
-        self._woken.set()
-
-    async def _work(self, due: _Due) -> None:
-        did = due.did
-        self._again.discard(did)
-        wait: float | None = None
-        try:
-            wait = await self._work_off(did, last=due.attempt + 1 >= _MAX_TRIES)
-        except (IdentityUnavailable, FetchTransient) as error:
-            first, longest = _RETRY_S
-            wait = max(
-                getattr(error, "retry_after", None) or 0.0, min(longest, first * 2 ** min(due.attempt, 16))
-            )
-            log.info("due_work_postponed", did=did, reason=str(error), retry_in_s=wait)
-        finally:
-            self._known.discard(did)
-        if wait is not None:
-            self._put(did, wait, due.attempt + 1)
-        elif did in self._again or did in self._tools.hints:
-            self._again.discard(did)
-            self.add(did)
-
-    async def _work_off(self, did: Did, *, last: bool) -> float | None:
-        """Does what the row asks for, one flag at a time; seconds to wait where it is too soon."""
+    async def _work_off(self, did: Did) -> float | None:
+        """Does what the row asks for, one flag at a time; seconds to wait where it is too soon for one."""
+        tools = self._tools
         # Asked of the writer, because the step that woke us may not be committed yet.
-        row = await self._tools.writer.run("due_work", lambda tx: tx.repo(did))
-        if row is None or not row.work or not row.tracked:
-            self._tools.hints.discard(did)
+        row = await tools.writer.run("due_work", lambda tx: tx.repo(did))
+        if row is None or not row.work & QUESTIONS or not row.tracked:
+            tools.hints.discard(did)
             return None
-        for flag, work in (
+        waits: list[float] = []
+        for flag, ask in (
             (Work.RESOLVE, self._resolve),
             (Work.CHECK_STATUS, self._check_status),
             (Work.COMPARE_REV, self._compare_rev),
         ):
-            if row.work & flag:
-                if flag is not Work.CHECK_STATUS and (wait := self._too_soon(did, flag)) > 0:
-                    return wait
-                await work(did, row, last)
-                row = self._tools.db.repo(did)
-                if row is None:
-                    return None
+            if not row.work & flag:
+                continue
+            if wait := self._too_soon(did, flag):
+                waits.append(wait)
+                continue
+            last = self._pace.ask(did, flag) + 1 >= _MAX_TRIES
+            await ask(did, row, last)
+            self._pace.answered(did, flag)
+            row = tools.db.repo(did)
+            if row is None:
+                return None
         if row.work & Work.DRAIN and is_ready(row):
             await self._drainer.drain(did)
         if row.work & Work.PURGE:
-            await self._tools.writer.run("purge", lambda tx: self._answers.purge(tx, did))
-        return None
+            await tools.writer.run("purge", lambda tx: self._answers.purge(tx, did))
+        if did in tools.hints and row.work & Work.RESOLVE:  # came in while this was under way
+            return 0.0
+        return min(waits, default=None)
 
     def _too_soon(self, did: Did, flag: Work) -> float:
-        """Seconds until this question about this account may be asked again; 0 marks it as asked now.
+        """Seconds until this question about this account may be asked again.
 
         A hint by `#identity` is answered at once: a changed identity is what it announces.
         """
-        now = asyncio.get_running_loop().time()
-        key = (did, flag)
-        before = self._asked.get(key)
-        interval = self._tools.settings.ingest.refresh_interval
-        if before is not None and now - before < interval and did not in self._tools.hints:
-            return before + interval - now
-        self._asked[key] = now
-        self._asked.move_to_end(key)
-        while len(self._asked) > self._tools.settings.ingest.work_repos:
-            self._asked.popitem(last=False)
-        return 0.0
+        if flag is Work.RESOLVE and did in self._tools.hints:
+            return 0.0
+        return self._pace.wait_s(did, flag)
 
     async def _resolve(self, did: Did, row: RepoRow, last: bool) -> None:
         """The identity anew, then whatever waited for it."""
@@ -227,7 +122,7 @@ class DueWork:
             gone = error
             await tools.writer.run("identity_gone", lambda tx: self._answers.gone(tx, did, gone))
             return
-        except (FetchError, IdentityUnavailable):
+        except (IndexerError, ValueError):
             if not last:
                 raise
             identity, status = _known(did, row), None
@@ -239,7 +134,7 @@ class DueWork:
             rev = (await self._latest(await self._tools.resolver.resolve(did))).rev
         except IdentityGone:
             pass
-        except (FetchError, IdentityUnavailable):
+        except (IndexerError, ValueError):
             if not last:
                 raise
         await self._tools.writer.run("compare_rev", lambda tx: self._answers.compared(tx, did, rev))

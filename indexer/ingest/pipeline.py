@@ -31,9 +31,11 @@ from indexer.identity.resolver import Identity
 from indexer.ingest.account import micros_of
 from indexer.ingest.apply import Applier, Arrival, Result, label
 from indexer.ingest.machine import Act
-from indexer.ingest.source import Upstream, lag_s
-from indexer.ingest.tools import Tools
-from indexer.ingest.verify import Item, Outcome, Verdict, verify_batch
+from indexer.ingest.notices import Notices
+from indexer.ingest.source import SHOWN, Upstream, lag_s
+from indexer.ingest.suspects import WORKER_DIED, verified
+from indexer.ingest.tools import IngestTools
+from indexer.ingest.verify import Item, Verdict
 from indexer.store.transaction import Transaction
 
 log = structlog.get_logger()
@@ -56,6 +58,7 @@ class Message(NamedTuple):
     run: Callable[[Transaction, Verdict | None], Result]
     arrival: Arrival | None = None
     item: Item | None = None
+    valid: bool = True  # an event, well-formed as far as it was looked at
 
 
 class Batch:
@@ -72,7 +75,7 @@ class Batch:
 class Pipeline:
     """One upstream's path, from socket to writer."""
 
-    def __init__(self, upstream: Upstream, tools: Tools, applier: Applier) -> None:
+    def __init__(self, upstream: Upstream, tools: IngestTools, applier: Applier) -> None:
         self.upstream = upstream
         self._tools = tools
         self._applier = applier
@@ -82,6 +85,7 @@ class Pipeline:
         self._stored: Seq = tools.db.cursor(self._cursor_name) or 0
         self._stored_time: Micros = tools.db.cursor(self._time_name) or 0
         self._live_tail = False  # our cursor lies in the upstream's future
+        self._tail: Seq = 0  # then: the newest seq of its new numbering, for this process
         self._last_seq: Seq = 0  # of this connection
         self._failed_at: tuple[Seq, int] = (-1, 0)
         self._open = Batch()
@@ -96,6 +100,7 @@ class Pipeline:
         self._outcomes: Counter[str] = Counter()
         self._last_time = ""
         self._error = ""
+        self._notices = Notices(upstream.name, self._outcomes)
 
     # ---- the source's side
 
@@ -107,30 +112,41 @@ class Pipeline:
             await self._change()
         self._stored = self._tools.db.cursor(self._cursor_name) or 0
         self._stored_time = self._tools.db.cursor(self._time_name) or 0
-        return None if self._live_tail or not self._stored else self._stored
+        return self._resume_at or None
+
+    @property
+    def _resume_at(self) -> Seq:
+        """The cursor in the upstream's numbering of today; 0 without one."""
+        return self._tail if self._live_tail else self._stored
 
     def opened(self) -> None:
         self._connected, self._error, self._last_seq = True, "", 0
 
     def closed(self, reason: str, message: str) -> None:
-        self._connected, self._error = False, f"{reason}: {message}"
+        self._connected, self._error = False, f"{reason}: {message[:SHOWN]}"
         self._outcomes[f"connection/{reason}"] += 1
 
-    async def receive(self, data: bytes) -> None:
-        """One binary message. Raises `UpstreamError` or a fatal `FrameError` to end the connection."""
+    async def receive(self, data: bytes) -> bool:
+        """One binary message; true for a valid event.
+
+        Raises `UpstreamError` or a fatal `FrameError` to end the connection.
+        """
         if not self._tools.space.is_set():
             raise UpstreamError("the disk is nearly full; free some space to go on", name="disk_floor")
         self._frames += 1
         message = self._message(data)
         if message is None:
-            return
+            return False
         if message.seq <= self._last_seq:
             raise UpstreamError(f"seq {message.seq} after {self._last_seq}", name="seq_order")
         if not self._last_seq:
             self._first(message)
         self._last_seq = message.seq
+        if self._live_tail:
+            self._tail = message.seq
         self._last_time = message.time or self._last_time
         await self._take(message)
+        return message.valid
 
     def status(self) -> dict[str, Any]:
         """Figures for people: where the source stands and what became of its messages since the start."""
@@ -172,14 +188,16 @@ class Pipeline:
             if frame.seq is None:
                 self._outcomes["drop/unknown_type"] += 1
                 return None
-            return _dropped(frame.seq, "", data, "", "unknown_type")
+            return _dropped(frame.seq, "", data, "", "unknown_type")._replace(valid=False)
         if isinstance(frame, InfoFrame):
-            self._info(frame)
+            self._notices.info(frame)
             return None
         raise self._refused(frame)
 
     def _sort(self, did: Did, frame: CommitFrame | SyncFrame, data: bytes) -> Message:
         """A commit or sync: dropped here, or with the key that it is to be verified under."""
+        if self._applier.filters.is_excluded(did):
+            return _dropped(frame.seq, did, data, frame.time, "unwanted")
         route = self._tools.routes.get(did)
         identity: Identity | None = None
         key: DidKey = ""
@@ -190,8 +208,10 @@ class Pipeline:
         else:
             row = self._tools.db.repo(did)
             if row is not None:
+                if not row.tracked:
+                    return _dropped(frame.seq, did, data, frame.time, "unwanted")
                 key = row.signing_key
-                if key and row.tracked:
+                if key:
                     self._tools.routes.put(did, key, row.rev)
             elif not self._applier.wants_unknown(did, frame):
                 return _dropped(frame.seq, did, data, frame.time, "unwanted")
@@ -209,7 +229,7 @@ class Pipeline:
         """Rows 0–2: the end of the connection, or of this message alone."""
         seq, did = error.seq, error.did or ""
         if error.fatal:
-            at = self._last_seq or self._stored
+            at = self._last_seq or self._resume_at
             tries = self._failed_at[1] + 1 if self._failed_at[0] == at else 1
             self._failed_at = (at, tries)
             if tries < UNREADABLE_TRIES:
@@ -223,38 +243,25 @@ class Pipeline:
             tx.quarantine(self.upstream.name, seq, did, error.reason, str(error), data)
             return Result(Act.REJECT, error.reason)
 
-        return Message(seq, did, data, "", run)
-
-    def _info(self, frame: InfoFrame) -> None:
-        self._outcomes[f"info/{frame.name}"] += 1
-        log.warning(
-            "upstream_info",
-            upstream=self.upstream.name,
-            name=frame.name,
-            message=frame.message,
-            advice="frames were missed; broken chains are fetched anew"
-            if frame.name == "OutdatedCursor"
-            else "",
-        )
+        return Message(seq, did, data, "", run, valid=False)
 
     def _refused(self, frame: ErrorFrame) -> UpstreamError:
-        self._outcomes[f"error/{frame.error}"] += 1
-        if frame.error == "FutureCursor":
+        error = self._notices.refused(frame)
+        if error.name == "FutureCursor":
             # Following goes on at the live tail; the stored cursor stays for an operator to judge.
-            self._live_tail = True
-            log.error(
-                "future_cursor", upstream=self.upstream.name, cursor=self._stored, message=frame.message
-            )
-        return UpstreamError(f"the host closed the stream: {frame.message or frame.error}", name=frame.error)
+            log.error("future_cursor", upstream=self.upstream.name, cursor=self._resume_at)
+            self._live_tail, self._tail = True, 0
+        return error
 
     def _first(self, message: Message) -> None:
         """Looks at a connection's first message for a reset stream or a loss, which servers do not tell."""
-        if not self._stored:
+        cursor = self._resume_at
+        if not cursor:
             return
-        if message.seq <= self._stored - OVERLAP:
+        if message.seq <= cursor - OVERLAP:
             self._outcomes["note/stream_reset"] += 1
-            log.error("stream_reset", upstream=self.upstream.name, cursor=self._stored, first=message.seq)
-        elif message.seq > self._stored + 1 and self._stored_time:
+            log.error("stream_reset", upstream=self.upstream.name, cursor=cursor, first=message.seq)
+        elif message.seq > cursor + 1 and self._stored_time:
             jump = micros_of(message.time) - self._stored_time if message.time else 0
             if jump > LOSS_US:
                 self._outcomes["note/possible_loss"] += 1
@@ -310,14 +317,7 @@ class Pipeline:
         self._flush_if_idle()
 
     async def _verified(self, items: list[Item]) -> list[Verdict]:
-        """The pool's verdicts; a frame that kills its worker is refused alone."""
-        limits = self._tools.limits()
-        try:
-            return await self._tools.pool.run(verify_batch, items, limits)
-        except WorkerDied:
-            if len(items) == 1:
-                return [Verdict(Outcome.REJECT, 1, "worker_died", "verifying it killed the process")]
-        return [verdict for item in items for verdict in await self._verified([item])]
+        return await verified(self._tools, items)
 
     # ---- the writer's side
 
@@ -340,7 +340,7 @@ class Pipeline:
             for message in batch.messages
         ]
         messages = batch.messages
-        last_time = micros_of(self._last_time) if self._last_time else 0
+        last_time = next((micros_of(message.time) for message in reversed(messages) if message.time), 0)
         if last_time:
             steps.append(lambda tx: tx.set_cursor(self._time_name, last_time))
 
@@ -358,7 +358,11 @@ class Pipeline:
 
     def _step(self, message: Message, verdict: Verdict | None) -> Callable[[Transaction], None]:
         def step(tx: Transaction) -> None:
-            self._count(tx, message, message.run(tx, verdict))
+            if message.arrival is not None and verdict is not None and verdict.reason == WORKER_DIED:
+                self._applier.failed(tx, message.arrival, WorkerDied(verdict.message))
+                self._count(tx, message, Result(Act.DESYNC, WORKER_DIED))
+            else:
+                self._count(tx, message, message.run(tx, verdict))
 
         return step
 

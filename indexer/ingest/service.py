@@ -20,11 +20,13 @@ from indexer.ingest.answers import Answers
 from indexer.ingest.apply import Applier
 from indexer.ingest.drain import Drainer
 from indexer.ingest.filters import Filters
-from indexer.ingest.identities import DueWork
+from indexer.ingest.handles import HandleWork
+from indexer.ingest.identities import QUESTIONS, DueWork
 from indexer.ingest.pipeline import Pipeline
 from indexer.ingest.source import Source, Upstream
-from indexer.ingest.tools import Routes, Tools
+from indexer.ingest.tools import IngestTools, Routes
 from indexer.pool import Pool
+from indexer.store.codecs import Work
 from indexer.store.database import Database
 from indexer.store.writer import Writer
 
@@ -54,11 +56,16 @@ class Ingest:
         routes = Routes(settings.identity.cache_entries)
         self._space = asyncio.Event()
         self._space.set()
-        tools = Tools(db, writer, pool, resolver, self._http, settings, routes, self._space)
-        self.applier = Applier(filters.with_rows(db.filters()), tools, self.wake, ephemeral=db.mode.ephemeral)
+        tools = IngestTools(db, writer, pool, resolver, self._http, settings, routes, self._space)
+        self.applier = Applier(
+            filters.with_rows(db.filters()), tools, self._wake, ephemeral=db.mode.ephemeral
+        )
         answers = Answers(tools, self.applier)
         self._drainer = Drainer(tools, self.applier, answers)
-        self._due = DueWork(tools, answers, self._drainer)
+        self._routes = routes
+        self._due = DueWork(tools, answers, self._drainer).queue
+        self._handles = HandleWork(tools, answers).queue
+        self._db = db
         self._pipelines = [
             Pipeline(Upstream.parse(name), tools, self.applier) for name in dict.fromkeys(settings.upstreams)
         ]
@@ -74,8 +81,17 @@ class Ingest:
         self.applier.filters = filters
 
     def wake(self, did: Did) -> None:
-        """The repository's row has due work, committed by now."""
-        self._due.add(did)
+        """A fetch changed the repository, maybe to an older rev; its row may have work that is due."""
+        self._routes.forget(did)
+        row = self._db.repo(did)
+        if row is not None and row.work:
+            self._wake(did, row.work & ~Work.DRAIN, row.work)
+
+    def _wake(self, did: Did, work: int, fresh: int) -> None:
+        if work & QUESTIONS:
+            self._due.add(did, fresh=bool(fresh & QUESTIONS))
+        if work & Work.VERIFY_HANDLE:
+            self._handles.add(did, fresh=bool(fresh & Work.VERIFY_HANDLE))
 
     async def run(self) -> None:
         """Follows every upstream until `stop`; raises what ends one of the parts."""
@@ -95,6 +111,7 @@ class Ingest:
     async def _follow(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._due.run(), name="ingest-due")
+            tasks.create_task(self._handles.run(), name="ingest-handles")
             tasks.create_task(self._watch_disk(), name="ingest-disk")
             for pipeline in self._pipelines:
                 source = Source(
@@ -133,7 +150,10 @@ class Ingest:
         True when it is synced (or broken anew); raises `IdentityUnavailable` when a frame needs an
         identity that cannot be had now.
         """
-        return await self._drainer.drain(did)
+        try:
+            return await self._drainer.drain(did)
+        finally:
+            self.wake(did)
 
     def status(self) -> list[dict[str, Any]]:
         """One entry for each upstream."""
@@ -142,4 +162,4 @@ class Ingest:
     @property
     def due(self) -> int:
         """Repositories whose due work is in memory."""
-        return len(self._due)
+        return len(self._due) + len(self._handles)

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import structlog
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from yarl import URL
 
 from indexer.atproto.types import Seq
@@ -35,6 +35,10 @@ FIRST_WAIT_S = 0.5
 SOCKET_QUEUE = 64
 #: The upgrade answer that means: this host has no firehose.
 NOT_IMPLEMENTED = 501
+#: Addresses of one host that are dialled before the attempt counts as failed.
+MAX_ADDRESSES = 8
+#: Characters of a stranger's text that are logged and shown.
+SHOWN = 300
 
 
 class Upstream(NamedTuple):
@@ -58,7 +62,8 @@ class Sink(Protocol):
     async def settled(self) -> Seq | None:
         """Waits until everything received is durable; the cursor to ask for, None for the live tail."""
 
-    async def receive(self, data: bytes) -> None: ...
+    async def receive(self, data: bytes) -> bool:
+        """Takes one message; true for a valid event."""
 
     def opened(self) -> None: ...
 
@@ -93,8 +98,15 @@ class _Dropped(Exception):
     """A connection that ended; ``retry`` is false when the host will never serve us."""
 
     def __init__(self, reason: str, message: str, *, wait: float | None = None, retry: bool = True) -> None:
-        super().__init__(message)
+        super().__init__(message[:SHOWN])
         self.reason, self.wait, self.retry = reason, wait, retry
+
+
+class _Connect(connect):
+    """Follows no redirect: where it leads was never judged by the guard."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
 
 
 class Source:
@@ -132,30 +144,49 @@ class Source:
         """One connection from dial to end."""
         cursor = await self._sink.settled()
         try:
-            async with await self._connect(cursor) as socket:
+            async with await self._connected(cursor) as socket:
                 log.info("upstream_connected", upstream=self.upstream.name, cursor=cursor)
                 self._sink.opened()
                 await self._read(socket)
-        except UrlRefused as error:
-            return _Dropped("refused", str(error))
-        except InvalidStatus as error:
-            return _judge_status(error)
+        except _Dropped as dropped:
+            return dropped
         except (UpstreamError, FrameError) as error:
             return _Dropped(getattr(error, "name", "") or error.reason, str(error))
         except ConnectionClosed as error:
             return _Dropped("closed", str(error) or "the connection was closed")
-        except (InvalidHandshake, WebSocketException) as error:
-            return _Dropped("handshake", str(error) or type(error).__name__)
         except (OSError, TimeoutError) as error:
             return _Dropped("unreachable", str(error) or type(error).__name__)
         return _Dropped("closed", "the host closed the connection")
 
-    async def _connect(self, cursor: Seq | None) -> connect:
-        url = check_url(self.upstream.url, self._network, kind="ws")
-        target = subscribe_url(url, cursor)
-        host, port = (await self._dial(url.raw_host or "", url.port or 443))[0]
+    async def _connected(self, cursor: Seq | None) -> ClientConnection:
+        """An open connection, or `_Dropped`: whatever a host answers to the dial ends this attempt alone."""
+        try:
+            url = check_url(self.upstream.url, self._network, kind="ws")
+            return await self._dialled(url, subscribe_url(url, cursor))
+        except UrlRefused as error:
+            raise _Dropped("refused", str(error)) from error
+        except InvalidStatus as error:
+            raise _judge_status(error) from error
+        except (OSError, TimeoutError) as error:
+            raise _Dropped("unreachable", str(error) or type(error).__name__) from error
+        except (WebSocketException, ValueError) as error:  # a name that cannot be one is a UnicodeError
+            raise _Dropped("handshake", str(error) or type(error).__name__) from error
+
+    async def _dialled(self, url: URL, target: URL) -> ClientConnection:
+        """A connection to the first of the host's addresses that takes one."""
+        *others, last = (await self._dial(url.raw_host or "", url.port or 443))[:MAX_ADDRESSES]
+        for address in others:
+            try:
+                return await self._connect(target, *address)
+            except (OSError, TimeoutError) as error:
+                log.info(
+                    "address_unreachable", upstream=self.upstream.name, host=address[0], reason=str(error)
+                )
+        return await self._connect(target, *last)
+
+    def _connect(self, target: URL, host: str, port: int) -> connect:
         silence = self._settings.receive_timeout
-        return connect(
+        return _Connect(
             str(target),
             host=host,
             port=port,
@@ -172,14 +203,14 @@ class Source:
 
     async def _read(self, socket: ClientConnection) -> None:
         receive = self._sink.receive
-        first = True
+        proven = False  # a host that only sends what is no event is asked ever less often
         async for message in socket:
             if isinstance(message, str):
                 raise UpstreamError("a text frame, where only binary ones belong", name="text_frame")
-            await receive(message)
-            if first:
+            valid = await receive(message)
+            if valid and not proven:
                 self._backoff.reset()
-                first = False
+                proven = True
 
 
 def subscribe_url(base: URL, cursor: Seq | None) -> URL:

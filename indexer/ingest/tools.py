@@ -55,7 +55,7 @@ class Routes:
 
 
 @dataclass(frozen=True, slots=True)
-class Tools:
+class IngestTools:
     """The parts of the daemon that ingest works with."""
 
     db: Database

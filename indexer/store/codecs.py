@@ -70,6 +70,7 @@ class Work(IntFlag):
     COMPARE_REV = 4
     DRAIN = 8
     PURGE = 16
+    VERIFY_HANDLE = 32
 
 
 OVERSIZE: Final = 1  # record flag: larger than the limit; no block, no reference, not served

@@ -261,7 +261,7 @@ async def test_a_replay_planned_before_the_fetch_waits_for_its_end_and_other_wor
         await world.backfill.add([one.did])
         await world.change(one, work=int(Work.DRAIN | Work.COMPARE_REV | Work.RESOLVE))
         row = await world.fetch(one)
-        assert works == [Work.COMPARE_REV | Work.RESOLVE]
+        assert works == [Work.COMPARE_REV | Work.RESOLVE | Work.VERIFY_HANDLE]
         assert (row.state, world.drained) == (SyncState.SYNCED, [])
 
 

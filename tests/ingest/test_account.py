@@ -9,7 +9,7 @@ from indexer.ingest.account import (
     CHECKED,
     effective,
     has_authority,
-    host_of,
+    host_and_port,
     is_stale,
     micros_of,
     status_of,
@@ -74,8 +74,8 @@ def test_a_pds_speaks_for_its_own_accounts_only(source: str, pds: str, authority
 
 
 def test_hosts_compare_by_name_and_port() -> None:
-    assert host_of("wss://PDS.test/") == host_of("https://pds.test") == "pds.test:443"
-    assert host_of("https://pds.test:99999") == host_of("nonsense") == ""
+    assert host_and_port("wss://PDS.test/") == host_and_port("https://pds.test") == "pds.test:443"
+    assert host_and_port("https://pds.test:99999") == host_and_port("nonsense") == ""
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,9 @@ class Sink:
     async def settled(self) -> Seq | None:
         return None
 
-    async def receive(self, data: bytes) -> None:
+    async def receive(self, data: bytes) -> bool:
         self.received.append(data)
+        return data != b"no event"
 
     def opened(self) -> None: ...
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MAX_PAGE = 100
 #: Rows that one listRecords may look at: flagged rows are passed over.
 _SCAN_ROWS = 5_000
+#: What stands for a handle without a match both ways.
+INVALID_HANDLE = "handle.invalid"
 #: Longest wait for the handle in describeRepo, in seconds.
 _HANDLE_S = 5.0
 
@@ -88,7 +90,7 @@ async def describe_repo(context: Context, params: Params, _request: web.Request)
     access.require_records(services)
     did = await access.named_did(services, params)
     row = access.served_repo(services.db.repo(did), did)
-    handle = "handle.invalid"
+    handle = INVALID_HANDLE
     with suppress(IndexerError, TimeoutError):
         async with asyncio.timeout(_HANDLE_S):
             handle = await services.resolver.verified_handle(did)
@@ -98,7 +100,7 @@ async def describe_repo(context: Context, params: Params, _request: web.Request)
             "did": did,
             "didDoc": did_document(did, row),
             "collections": sorted(collection_counts(services.db, did)),
-            "handleIsCorrect": handle != "handle.invalid",
+            "handleIsCorrect": handle != INVALID_HANDLE,
         }
     )
 
@@ -108,7 +110,7 @@ def did_document(did: Did, row: RepoRow) -> dict[str, Any]:
     document: dict[str, Any] = {
         "@context": ["https://www.w3.org/ns/did/v1", "https://w3id.org/security/multikey/v1"],
         "id": did,
-        "alsoKnownAs": [f"at://{row.handle}"] if row.handle else [],
+        "alsoKnownAs": [f"at://{row.handle}"] if row.handle not in ("", INVALID_HANDLE) else [],
         "verificationMethod": [],
         "service": [],
     }

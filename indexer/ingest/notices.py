@@ -1,0 +1,59 @@
+"""What a host says about its stream: `#info` and error frames.
+
+Owns their counting and logging, which are bounded whatever a host makes up: known names are counted by
+name, all others as one, text is cut, and lines about `#info` frames are rare. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Final
+
+import structlog
+
+from indexer.atproto.frames import ErrorFrame, InfoFrame
+from indexer.errors import UpstreamError
+from indexer.ingest.source import SHOWN
+
+log = structlog.get_logger()
+
+_INFOS: Final = frozenset(("OutdatedCursor",))
+_ERRORS: Final = frozenset(("FutureCursor", "ConsumerTooSlow"))
+OTHER: Final = "other"
+#: Seconds between two log lines about one upstream's `#info` frames.
+INFO_LOG_S: Final = 60.0
+
+
+class Notices:
+    """Those of one upstream; ``outcomes`` are its counters."""
+
+    def __init__(self, upstream: str, outcomes: Counter[str]) -> None:
+        self._upstream = upstream
+        self._outcomes = outcomes
+        self._logged = -INFO_LOG_S  # loop time
+        self._unsaid = 0
+
+    def info(self, frame: InfoFrame) -> None:
+        name = frame.name if frame.name in _INFOS else OTHER
+        self._outcomes[f"info/{name}"] += 1
+        now = asyncio.get_running_loop().time()
+        if now - self._logged < INFO_LOG_S:
+            self._unsaid += 1
+            return
+        log.warning(
+            "upstream_info",
+            upstream=self._upstream,
+            name=frame.name[:SHOWN],
+            message=(frame.message or "")[:SHOWN],
+            not_logged=self._unsaid,
+            advice="frames were missed; broken chains are fetched anew" if name == "OutdatedCursor" else "",
+        )
+        self._unsaid, self._logged = 0, now
+
+    def refused(self, frame: ErrorFrame) -> UpstreamError:
+        """The end of the connection that an error frame means, under a name that we know."""
+        name = frame.error if frame.error in _ERRORS else OTHER
+        self._outcomes[f"error/{name}"] += 1
+        said = (frame.message or frame.error)[:SHOWN]
+        return UpstreamError(f"the host closed the stream: {said}", name=name)
