@@ -92,9 +92,11 @@ class Unit:
         row = claimed(tx, plan.did, plan.epoch)
         if row is None:
             return None
-        did, rev, buffer, put = plan.did, plan.verified.rev, self.buffer, tx.put_record
-        for path, cid, start, end, flags in self.changes.puts:
-            put(did, path, cid, buffer[start:end], rev, live=False, flags=flags)
+        did, rev, buffer = plan.did, plan.verified.rev, self.buffer
+        records = [
+            (path, cid, buffer[start:end], flags) for path, cid, start, end, flags in self.changes.puts
+        ]
+        tx.put_records(did, rev, records, live=False)
         for path in self.changes.deletes:
             tx.delete_record(did, path, rev, live=False)
         if self.first:

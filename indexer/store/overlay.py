@@ -22,6 +22,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 MISSING: Final[Any] = object()
+ADDED: Final[Any] = object()  # in the undo list: the key stands for many, none of which was there
 CONTENT: Final = (RECORDS, BLOCKS, BLOCK_REFS, GC_QUEUE)  # what a wipe may clear by range
 _CONTENT_NAMES: Final = frozenset(keyspace.name for keyspace in CONTENT)
 
@@ -50,11 +51,22 @@ class Overlay:
         self._undo.append((target, key, MISSING if old is None else old))
         target[key] = delta if old is None else old + delta
 
+    def add_all(self, target: dict[Any, Any], entries: dict[Any, Any]) -> bool:
+        """Set many entries at once; false, with nothing set, when one of them is there already."""
+        if not target.keys().isdisjoint(entries):
+            return False
+        self._undo.append((target, entries, ADDED))
+        target.update(entries)
+        return True
+
     def undo_rows(self) -> None:
         """Take back what was written since the undo list was last cleared."""
         for target, key, old in reversed(self._undo):
             if old is MISSING:
                 target.pop(key, None)
+            elif old is ADDED:
+                for each in key:
+                    target.pop(each, None)
             else:
                 target[key] = old
         self._undo.clear()

@@ -8,8 +8,8 @@ overlay's dicts directly; by `bench live` every microsecond here is half a perce
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeAlias
 
 from indexer.atproto.types import Cid, Did, Micros, Nsid, Path, Rev
 from indexer.store import codecs, keyspaces
@@ -32,6 +32,8 @@ from indexer.store.keyspaces import PENDING
 from indexer.store.overlay import MISSING
 from indexer.store.side_verbs import SideVerbs
 from indexer.store.wipes import Wipe
+
+NewRecord: TypeAlias = tuple[Path, Cid, bytes, int]  # path, CID, block, flags
 
 _ACTIONS: Final = {"create": CREATE, "update": UPDATE, "delete": DELETE}
 _KINDS: Final = {kind: number for number, kind in enumerate(codecs.KINDS)}
@@ -90,6 +92,64 @@ class Transaction(SideVerbs):
                 self.add(self._did_counts, (did, collection), 1)
         if stored is not None and self._keep_blocks and not stored[0] & OVERSIZE:
             self.ref(did, epoch, stored[1:37], -1)
+
+    def put_records(self, did: Did, rev: Rev, records: Sequence[NewRecord], *, live: bool) -> None:
+        """As `put_record` for each of ``records`` (in key order), at a fraction of its cost where none of
+        them, and nothing between them, is stored: a repository that is fetched for the first time."""
+        if not self._put_new(did, rev, records, live):
+            for path, cid, block, flags in records:
+                self.put_record(did, path, cid, block, rev, live=live, flags=flags)
+
+    def _put_new(self, did: Did, rev: Rev, records: Sequence[NewRecord], live: bool) -> bool:
+        """Store records of which none is; false, with nothing stored, when that is not so."""
+        if self._ephemeral or not records:
+            return False
+        cids = [record[1] for record in records]
+        if any(record[3] for record in records) or set(map(len, cids)) != {codecs.CID_BYTES}:
+            return False
+        prefix, tail = f"{did}\0".encode(), rev.encode()
+        rows = {prefix + record[0].encode(): b"\0" + record[1] + tail for record in records}
+        first, last = min(rows), max(rows)
+        if did not in self._cleared and next(self._db.raw_scan("records", first, last + b"\0"), None):
+            return False
+        if len(rows) < len(records) or not self.add_all(self._record_rows, rows):
+            return False
+        epoch = self._epoch(did)
+        if self._keep_blocks:
+            self._keep_all(did, epoch, cids, {prefix + record[1]: record[2] for record in records})
+        self._create_events(did, epoch, rev, records, live)
+        self.ops += len(records)
+        return True
+
+    def _keep_all(self, did: Did, epoch: int, cids: Sequence[Cid], blocks: dict[bytes, bytes]) -> None:
+        """The blocks of new records, each referenced by its row and by its event."""
+        references = dict.fromkeys(cids, 2)
+        known = self._refs.setdefault((did, epoch), {})
+        if len(references) < len(cids) or not self.add_all(known, references):
+            for cid in cids:
+                self.ref(did, epoch, cid, 2)
+        if not self.add_all(self._block_rows, blocks):
+            for key, block in blocks.items():
+                self.write(self._block_rows, key, block)
+        self.ops += len(cids)
+        self.size += sum(map(len, blocks.values())) + 200 * len(cids)
+
+    def _create_events(
+        self, did: Did, epoch: int, rev: Rev, records: Sequence[NewRecord], live: bool
+    ) -> None:
+        head = LIVE if live else RECORD
+        start = max(self._clock(), self._last_time + 1)
+        append = self._events.append
+        counts: dict[Nsid, int] = {}
+        for now, (path, cid, _, _) in enumerate(records, start):
+            collection, _, rkey = path.partition("/")
+            append(pack((head, now, did, epoch, rev, collection, rkey, CREATE, cid)))
+            counts[collection] = counts.get(collection, 0) + 1
+        self._last_time = start + len(records) - 1
+        for collection, count in counts.items():
+            self.add(self._did_counts, (did, collection), count)
+        self.ops += len(records)
+        self.size += 150 * len(records)
 
     def _put_flagged(
         self,

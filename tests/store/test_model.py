@@ -121,6 +121,14 @@ class StoreMachine(RuleBasedStateMachine):
         for change in changes:
             self.twin.apply(change)
 
+    @rule(did=st.sampled_from(DIDS), texts=st.dictionaries(st.sampled_from(PATHS), st.sampled_from(TEXTS)))
+    def fetched_repository(self, did: str, texts: dict[str, str]) -> None:
+        blocks = {path: block_of(texts[path]) for path in sorted(texts)}
+        records = [(path, cid_of(block), block, 0) for path, block in blocks.items()]
+        self.do(self.store.writer.run, "bulk", lambda tx: tx.put_records(did, "3ka", records, live=False))
+        for path in blocks:
+            self.twin.apply((did, path, texts[path], 0))
+
     @rule(changes=st.lists(CHANGES, min_size=2, max_size=6))
     def commit_in_steps_of_which_every_second_fails(self, changes: list[Change]) -> None:
         def step(number: int) -> Callable[[Transaction], None]:

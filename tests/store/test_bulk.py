@@ -1,0 +1,159 @@
+"""put_records gives the very store that put_record gives, row by row, whatever was there before."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from indexer.errors import BadInput
+from indexer.store.codecs import INVALID, OVERSIZE, AccountStatus, Mode
+from indexer.store.keyspaces import KEYSPACES, RECORDS
+from indexer.store.transaction import NewRecord, Transaction
+from tests.store.support import ALICE, BOB, REV, SYNCED, Store, block_of, cid_of, opened
+
+Rows = dict[str, list[tuple[bytes, bytes]]]
+Act = Callable[[Transaction], None]
+
+PATHS = tuple(f"a.b.{collection}/{number}" for collection in "cd" for number in range(6))
+records_of = st.dictionaries(
+    st.sampled_from(PATHS),
+    st.tuples(st.sampled_from(("one", "two", "three")), st.sampled_from((0, 0, 0, 0, INVALID, OVERSIZE))),
+    max_size=8,
+)
+
+
+def records(texts: dict[str, tuple[str, int]]) -> list[NewRecord]:
+    found = []
+    for path, (text, flags) in sorted(texts.items()):
+        block = block_of(text)
+        found.append((path, cid_of(block), block, flags))
+    return found
+
+
+def in_bulk(did: str, items: Sequence[NewRecord]) -> Act:
+    return lambda tx: tx.put_records(did, REV, items, live=False)
+
+
+def one_by_one(did: str, items: Sequence[NewRecord]) -> Act:
+    def act(tx: Transaction) -> None:
+        for path, cid, block, flags in items:
+            tx.put_record(did, path, cid, block, REV, live=False, flags=flags)
+
+    return act
+
+
+def rows(store: Store) -> Rows:
+    return {name: list(store.db.raw_scan(name, None, None)) for name in KEYSPACES}
+
+
+class Frozen:
+    """A clock that stands still, so that times depend on the number of events alone."""
+
+    def __call__(self) -> int:
+        return 1_700_000_000_000_000
+
+
+async def outcome(put: Callable[[str, Sequence[NewRecord]], Act], plan: Plan) -> Rows:
+    with tempfile.TemporaryDirectory() as folder:
+        async with opened(Path(folder), mode=plan.mode, clock=Frozen()) as store:
+            await store.do(lambda tx: tx.set_repo(ALICE, SYNCED))
+            await store.do(one_by_one(ALICE, plan.before))
+            await store.do(*plan.acts(put))
+            if not plan.mode.ephemeral:
+                store.assert_clean()
+            return rows(store)
+
+
+class Plan:
+    """What is stored before, what the group does first, what it puts, what it does then."""
+
+    def __init__(
+        self, mode: Mode, before: list[NewRecord], pending: list[NewRecord], puts: list[list[NewRecord]],
+        wiped: bool, deletes: list[str],
+    ) -> None:  # fmt: skip
+        self.mode = mode
+        self.before = before
+        self.pending = pending
+        self.puts = puts
+        self.wiped = wiped
+        self.deletes = deletes
+
+    def acts(self, put: Callable[[str, Sequence[NewRecord]], Act]) -> list[Act]:
+        acts: list[Act] = []
+        if self.wiped:
+            acts.append(lambda tx: tx.wipe_repo(ALICE, AccountStatus.ACTIVE))
+        acts.append(one_by_one(ALICE, self.pending))
+        acts += [put(ALICE, part) for part in self.puts]
+        acts += [
+            lambda tx, path=path: tx.delete_record(ALICE, path, REV, live=True)  # type: ignore[misc]
+            for path in self.deletes
+        ]
+        return acts
+
+
+plans = st.builds(
+    lambda mode, before, pending, puts, wiped, deletes: Plan(
+        mode, records(before), records(pending), [records(part) for part in puts], wiped, deletes
+    ),
+    st.sampled_from((Mode(), Mode(), Mode(blocks=False), Mode(ephemeral=True))),
+    st.just({}) | records_of,
+    st.just({}) | records_of,
+    st.lists(records_of, min_size=1, max_size=3),
+    st.booleans(),
+    st.lists(st.sampled_from(PATHS), max_size=3),
+)
+
+
+@given(plans)
+@settings(max_examples=20, deadline=None)
+def test_the_store_is_the_same_to_the_byte(plan: Plan) -> None:
+    assert asyncio.run(outcome(in_bulk, plan)) == asyncio.run(outcome(one_by_one, plan))
+
+
+def some(count: int, collection: str = "c") -> list[NewRecord]:
+    return records({f"a.b.{collection}/{number:04}": (f"text {number}", 0) for number in range(count)})
+
+
+async def test_new_records_are_not_looked_up_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("put_record")
+
+    async with opened(tmp_path) as store:
+        await store.do(in_bulk(ALICE, some(20)))
+        monkeypatch.setattr(Transaction, "put_record", refuse)
+        await store.do(in_bulk(ALICE, some(20, "d")), in_bulk(BOB, some(20)))
+        assert store.db.count("records") == 60
+        store.assert_clean()
+
+
+async def test_a_step_that_fails_takes_all_of_them_back(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.do(in_bulk(ALICE, some(3)))
+        before = rows(store)
+
+        def step(tx: Transaction) -> None:
+            tx.put_records(ALICE, REV, some(5, "d"), live=False)
+            tx.put_records(ALICE, REV, some(7, "e"), live=False)
+            raise BadInput("no")
+
+        await store.writer.run_ordered("frames", [step], lambda _index, _error: lambda _tx: None)
+        assert rows(store) == before
+        await store.do(in_bulk(ALICE, some(5, "d")))
+        assert len(list(store.db.scan(RECORDS))) == 8
+        store.assert_clean()
+
+
+async def test_something_that_is_not_a_cid_is_refused(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        bad = [*some(3), ("a.b.d/1", b"short", b"", 0)]
+        with pytest.raises(ValueError, match="not a binary CID"):
+            await store.do(in_bulk(ALICE, bad))
+        assert list(store.db.scan(RECORDS)) == []
