@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import rocksdict
 
-from indexer.errors import StoreCorrupt, StoreError, StoreModeMismatch, StoreVersion
+from indexer.errors import StoreBusy, StoreCorrupt, StoreError, StoreModeMismatch, StoreVersion
 from indexer.store import rocks
 from indexer.store.codecs import (
     Mode,
@@ -48,7 +48,10 @@ class FormatVersion(NamedTuple):
 class Database(Reads):
     """An open database; `open` it, `close` it."""
 
-    __slots__ = ("_busy", "_calls", "_closed", "_families", "_rocks", "_shared", "handles", "mode", "path")
+    __slots__ = (
+        "_busy", "_calls", "_closed", "_families", "_rocks", "_shared", "_write_failed", "handles", "mode",
+        "path",
+    )  # fmt: skip
 
     def __init__(self, path: FilePath, mode: Mode, rocks_db: Any, shared: rocks.Budget) -> None:
         self.path = path
@@ -61,6 +64,7 @@ class Database(Reads):
         self._closed = False
         self._busy = 0  # blocking calls under way, in threads
         self._calls = threading.Condition()
+        self._write_failed = False
 
     @classmethod
     def open(
@@ -234,8 +238,14 @@ class Database(Reads):
 
     def write(self, batch: Any, options: Any) -> None:
         """Commit a batch; the writer's business. Raises `StoreBusy` on a stall (the batch is consumed)."""
-        with rocks.translated("committing"):
-            self._rocks.write(batch, options)
+        try:
+            with rocks.translated("committing"):
+                self._rocks.write(batch, options)
+        except StoreBusy:
+            raise
+        except StoreError:
+            self._write_failed = True
+            raise
 
     @contextmanager
     def _blocking(self, what: str) -> Iterator[None]:
@@ -273,7 +283,9 @@ class Database(Reads):
         self._families.clear()
         self.handles.clear()
         gc.collect(0)  # a forgotten iterator in a young cycle would keep the LOCK
-        if failed is not None and not given_up:  # after giving up nothing is flushed: the log has it all
+        # After giving up nothing is flushed: the log has it all. After a failed write its error is the one
+        # to tell, and closing repeats it in other words.
+        if failed is not None and not given_up and not self._write_failed:
             raise failed
 
     def __enter__(self) -> Self:
