@@ -1,4 +1,4 @@
-"""The DAG-CBOR border: bytes to values and back, lenient; `node` and `commit` hold their own to canonical form.
+"""The DAG-CBOR border: bytes to values and back, lenient. Nodes and commits check their own canonical form.
 
 libipld does the work. It returns links as plain bytes and its encoder turns bytes that look like a CID into
 links, so whatever must tell the two apart goes through `Link` and the exact codec below. Every foreign

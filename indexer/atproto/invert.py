@@ -2,12 +2,15 @@
 
 An inversion that ends in a verified earlier root proves the part of the tree that it never touched, because
 that part stands in the earlier tree by its hash, in the same place. What it does touch is held to every tree
-rule as it stands in the *new* tree, before it is changed: form, layer, bounds, no empty node, the root has an
-entry. Whatever touches a key that is taken out is touched: both edges beside it, to the bottom, or else a
-subtree could hang on the wrong side or the wrong layer. A node that this needs and that is not there makes
-the blocks insufficient, never the tree right. Nodes off the paths of the operations are never decoded, each
-other is decoded once, and one of which only a child changed is re-encoded by exchanging that child's CID in
-its bytes. Source: the sync specification, "MST Operation Inversion". Pure, any thread.
+rule as it stands in the *new* tree: form, bounds, no empty node, the root has an entry, before it is changed;
+layers at the end, by one hash (`_finish`). So a result proves nothing until it is compared with a verified
+root, nor for operations that did not pass `check_ops`.
+
+Whatever touches a key that is taken out is touched: both edges beside it, to the bottom, or else a subtree
+could hang on the wrong side or the wrong layer. A node that this needs and that is not there makes the blocks
+insufficient, never the tree right. Nodes off the paths of the operations are never decoded, each other is
+decoded once, and one of which only a child changed is re-encoded by exchanging that child's CID in its bytes.
+Source: the sync specification, "MST Operation Inversion". Pure, any thread.
 """
 
 from __future__ import annotations
@@ -19,12 +22,11 @@ from typing import Final, NamedTuple
 
 from indexer.atproto import syntax
 from indexer.atproto.cid import DAG_CBOR_PREFIX, format_cid
-from indexer.atproto.mst import check_place, load_node, root_layer
+from indexer.atproto.mst import load_node, root_layer
 from indexer.atproto.node import (
     EMPTY_ROOT,
-    LAYER_BOUNDS,
     MAX_KEY_BYTES,
-    are_tree_keys,
+    check_layer,
     describe,
     encode_node,
     key_layer,
@@ -226,8 +228,8 @@ class _Inversion:
             if type(kid) is bytes:
                 kid = node.kids[index] = self._load(kid, node.layer - 1, low, high)
             node = kid  # type: ignore[assignment]
-        if index >= len(keys) or keys[index] != key:
-            raise MstError(f"the tree does not hold {shown(key)}", reason="ops")
+        if node.layer != layer or index >= len(keys) or keys[index] != key:
+            raise MstError(f"the tree does not hold {shown(key)} where it belongs", reason="ops")
         low = keys[index - 1] if index else low
         high = keys[index + 1] if index + 1 < len(keys) else high
         return way, node, index, low, high
@@ -255,7 +257,7 @@ class _Inversion:
             node = kid  # type: ignore[assignment]
 
     def _load(self, cid: Cid, layer: int, low: bytes, high: bytes | None) -> _Part:
-        """The node behind ``cid``, with all that its place demands: on ``layer``, keys within (low, high)."""
+        """The node behind ``cid``: canonical, not empty, keys within (low, high). Their layer: `_finish`."""
         block = self._blocks.get(cid)
         if block is None:
             raise MissingBlock(f"{describe(cid)} is missing", cid=cid)
@@ -264,16 +266,11 @@ class _Inversion:
             raise MstError(
                 f"taking the operations back needs more than {MAX_LOADS} nodes", reason="tree_size"
             )
-        # `load_node` and `check_place`, inlined for what is fine; they say what is wrong.
         keys, values, kids = split_node(block)
-        if keys:
-            bottom, top = LAYER_BOUNDS[layer]
-            digests = [sha256(key).digest() for key in keys]
-            fine = min(digests) >= bottom and max(digests) < top and are_tree_keys(keys)
-        else:
-            fine = kids[0] is not None
-        if not fine or (layer == 0 and any(kids)):
-            check_place(cid, load_node(cid, self._blocks.get), layer)
+        if layer == 0 and kids.count(None) != len(kids):
+            raise MstError(f"{describe(cid)} is on layer 0 and has a child")
+        if not keys and kids[0] is None:
+            raise MstError(f"{describe(cid)} is empty")
         if keys and (keys[0] <= low or (high is not None and keys[-1] >= high)):
             raise MstError(f"{describe(cid)} has keys outside of its parent's bounds")
         return _Part(layer, keys, values, kids, cid, block)  # type: ignore[arg-type]
@@ -360,7 +357,15 @@ class _Inversion:
         return None
 
     def _finish(self, expected: Cid | None) -> Cid:
+        """The root now. One hash tells whether every key that was seen is on its layer:
+
+        a key of the new tree was either taken out, which `_locate` does on the key's own layer only, or it is
+        still here, where it stands in the earlier tree, as far below the top as there. That tree is verified,
+        so all is well when the top is on its layer. The same goes for the form of keys.
+        """
         top = self._trim()
+        if top is not None:
+            check_layer(top.keys[:1], top.layer)
         result = EMPTY_ROOT if top is None else _seal(top)
         if expected is not None and result != expected:
             raise MstError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from bisect import bisect_left
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from indexer.atproto.cid import dag_cbor_cid, parse_cid
 from indexer.atproto.commit import decode_commit
 from indexer.atproto.frames import CommitFrame, decode_frame
 from indexer.atproto.invert import Op, _Inversion, check_ops, invert
-from indexer.atproto.node import parse_node
+from indexer.atproto.node import encode_node, parse_node
 from indexer.errors import BadInput, CommitError, MissingBlock, MstError
 from tests.atproto.slow_tree import cid_of, layer_of, node, slow_build
 from tests.atproto.test_mst import key_on, records_of
@@ -364,6 +365,78 @@ def test_a_created_key_on_the_wrong_side_of_a_subtree() -> None:
     earlier = slow_build({first: V, behind: V})[0]
     assert second
     forged([leaf, root], [Op("create", between, V, None)], earlier, "bounds")
+
+
+class Loose:
+    """A node whose keys may stand anywhere."""
+
+    def __init__(self, keys: list[bytes], kids: list[Loose | None]) -> None:
+        self.keys = keys
+        self.kids = kids
+
+    @classmethod
+    def load(cls, cid: bytes, nodes: Mapping[bytes, bytes]) -> Loose:
+        parsed = parse_node(nodes[cid])
+        return cls(parsed.keys, [cls.load(kid, nodes) if kid else None for kid in parsed.kids])
+
+    def all(self) -> list[Loose]:
+        return [self, *(node for kid in self.kids if kid for node in kid.all())]
+
+    def seal(self, out: dict[bytes, bytes]) -> bytes:
+        block = encode_node(
+            self.keys, [V] * len(self.keys), [kid.seal(out) if kid else None for kid in self.kids]
+        )
+        out[dag_cbor_cid(block)] = block
+        return dag_cbor_cid(block)
+
+
+def hung_anywhere(tree: Loose, key: bytes, source: random.Random) -> Loose:
+    """``tree`` with ``key`` in any node, or a new one above or below, on either side of what is there."""
+    below: Loose | None = tree
+    node = source.choice(tree.all())
+    index = bisect_left(node.keys, key)
+    on_top, in_node = source.random() < 0.2, source.random() < 0.75
+    if not on_top:
+        below = node.kids[index]
+        if in_node:
+            node.keys.insert(index, key)
+            node.kids[index : index + 1] = source.choice([[below, None], [None, below]])
+            return tree
+    for _ in range(source.randrange(3) if below else 0):
+        below = Loose([], [below])
+    made = Loose([key], source.choice([[below, None], [None, below]]))
+    for _ in range(0 if on_top else source.randrange(2)):
+        made = Loose([], [made])
+    if on_top:
+        return made
+    node.kids[index] = made
+    return tree
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_tree_that_inverts_to_a_valid_one_is_valid(seed: int) -> None:
+    """Keys are put into good trees at random: what inversion accepts, the complete walk must accept."""
+    source = random.Random(seed)
+    pool = {layer: wide("com.example.a", layer, 12) for layer in range(4)}
+    accepted = 0
+    for _ in range(400):
+        names = {key for layer in range(4) for key in source.sample(pool[layer], source.choice([0, 1, 3]))}
+        if not names:
+            continue
+        old = mst.build([(key, V) for key in sorted(names)])
+        tree = Loose.load(old.root, old.nodes)
+        keys = {source.choice(pool[source.randrange(4)]) for _ in range(source.choice([1, 2]))} - names
+        for key in sorted(keys):
+            tree = hung_anywhere(tree, key.encode(), source)
+        nodes: dict[bytes, bytes] = {}
+        root = tree.seal(nodes)
+        try:
+            invert(root, nodes, [Op("create", key, V, None) for key in keys], old.root)
+        except MstError:
+            continue
+        assert [path for path, _ in mst.walk(root, nodes.get)] == sorted(names | keys)
+        accepted += bool(keys)
+    assert accepted > 5
 
 
 def test_a_node_that_is_not_canonical() -> None:
