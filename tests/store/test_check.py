@@ -11,7 +11,7 @@ import pytest
 from indexer.store import check as module
 from indexer.store import keyspaces
 from indexer.store.check import check
-from indexer.store.codecs import Event, encode_event
+from indexer.store.codecs import AccountStatus, Event, encode_event
 from indexer.store.keyspaces import BLOCK_REFS, BLOCKS, COUNTS, EVENTS, GC_QUEUE, PENDING, RECORDS, REPOS
 from indexer.store.transaction import Transaction
 from tests.store.support import ALICE, BOB, LIKE, POST, REV, SYNCED, Store, block_of, cid_of, opened
@@ -31,6 +31,22 @@ async def filled(store: Store) -> None:
 def stray_event(event_id: int, **changes: object) -> Callable[[Transaction], None]:
     event = Event(event_id, "account", True, 1, ALICE, 0, "", "", "", "", None, {})._replace(**changes)  # type: ignore[arg-type]
     return lambda tx: tx.put(EVENTS, event_id, encode_event(event))
+
+
+async def test_a_repository_is_judged_by_its_own_rows_alone(tmp_path: Path) -> None:
+    short, longer = "did:web:a.test", "did:web:a.test2"
+    async with opened(tmp_path) as store:
+        for did in (short, longer):
+            await store.put(did, POST, did)
+            await store.do(lambda tx, did=did: tx.buffer_frame(did, REV, "commit", "s", b"x"))  # type: ignore[misc]
+        await store.do(lambda tx: tx.wipe_repo(longer, AccountStatus.DELETED))
+        await store.put(longer, POST, "its second life")
+        await store.checkpoint.run_once()
+        await store.retention.run_once()
+        assert [check(store.db, did).problems for did in (None, short, longer, ALICE)] == [[]] * 4
+        await store.do(lambda tx: tx.add_count(f"did/{longer}/{LIKE}", 1))
+        assert check(store.db, short).clean
+        assert check(store.db, longer).problems == [f"counts: did/{longer}/{LIKE} says 1, a recount 0"]
 
 
 DAMAGE: dict[str, tuple[Callable[[Transaction], None], str]] = {
