@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from indexer.commands.config import cautions
 from indexer.config import Settings, env_name, load, parse_duration, setting_names
 from indexer.errors import ConfigError
+from tests.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +161,10 @@ def test_every_setting_has_help_and_a_variable_of_its_own() -> None:
         for table in tables:
             model = model.model_fields[table].annotation  # type: ignore[attr-defined]
         assert model.model_fields[last].description, name  # type: ignore[attr-defined]
+
+
+def test_every_setting_has_an_effect() -> None:
+    sources = [path.read_text() for path in (ROOT / "indexer").rglob("*.py") if path.name != "config.py"]
+    text = "\n".join(sources)
+    unused = [name for name in setting_names() if not re.search(rf"\.{name.rpartition('.')[2]}\b", text)]
+    assert unused == []
