@@ -79,7 +79,7 @@ class HandleLookup:
             dns_failure = error
         try:
             return await self._from_web(handle)
-        except IdentityGone as error:
+        except (IdentityGone, IdentityUnavailable) as error:
             if dns_failure is None:
                 raise
             # Without an answer from DNS the web's no is not the last word.
@@ -95,7 +95,7 @@ class HandleLookup:
         except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
             return None
         except (dns.exception.DNSException, OSError, ValueError) as error:
-            raise IdentityUnavailable(f"DNS has no answer for {handle}: {error}") from error
+            raise IdentityUnavailable(f"DNS has no answer for {handle}: {error}", reason="dns") from error
         texts = [b"".join(record.strings) for record in answer]
         found = {text[4:].decode("ascii", "replace").strip() for text in texts if text.startswith(b"did=")}
         if not found:

@@ -7,8 +7,10 @@ into that shape, and that bounds how long a query may take. Leaves the meaning o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from math import inf
+from typing import Any, NamedTuple
 
 import orjson
 import structlog
@@ -74,9 +76,10 @@ def as_response(error: Exception) -> web.Response:
         case BadInput():
             return error_response(400, "InvalidRequest", str(error))
         case IdentityGone():
-            return error_response(400, "RepoNotFound", str(error))
+            return error_response(400, "RepoNotFound", "the identity could not be resolved")
         case IdentityUnavailable() | FetchError():
-            return error_response(502, "UpstreamFailure", str(error))
+            log.warning("upstream_failure", error=str(error), reason=error.reason)
+            return error_response(502, "UpstreamFailure", "another server did not answer as it should")
         case TimeoutError():
             return error_response(504, "RequestTimeout", "the query took longer than it may")
         case StoreError():
@@ -104,21 +107,52 @@ def errors_middleware(timeout: float, unbounded: frozenset[str] = frozenset()) -
     return middleware
 
 
+class Terms(NamedTuple):
+    """How long a reader may take, in seconds: for one piece, and for all. ``rate`` is the least mean rate in
+    bytes a second, over the time that we wait for the reader and beyond one piece's time."""
+
+    piece: float
+    total: float = inf
+    rate: float = 0.0
+
+
+class Patience:
+    """Waits for one reader, within the terms."""
+
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
+        self._clock = asyncio.get_running_loop().time
+        self._ends = self._clock() + terms.total
+        self._sent = 0
+        self._waited = 0.0
+
+    async def wait(self, writing: Coroutine[Any, Any, None], size: int) -> None:
+        """Raises TimeoutError when the reader takes longer than it may."""
+        began = self._clock()
+        self._sent += size
+        left = min(self._terms.piece, self._ends - began)
+        if self._terms.rate:
+            left = min(left, self._terms.piece + self._sent / self._terms.rate - self._waited)
+        async with asyncio.timeout(max(left, 0.0)):
+            await writing
+        self._waited += self._clock() - began
+
+
 async def send_pieces(
     request: web.Request,
     response: web.StreamResponse,
     pieces: AsyncGenerator[bytes, None],
-    piece_timeout: float,
+    terms: Terms,
 ) -> web.StreamResponse:
     """Streams an answer. Its status is on its way, so a failure can only cut the connection, which the
-    reader sees as an incomplete body; so does one who takes longer than the limit for a piece."""
+    reader sees as an incomplete body; so does one who is slower than the terms allow."""
     await response.prepare(request)
+    patience = Patience(terms)
     try:
         async with aclosing(pieces):
             async for piece in pieces:
-                async with asyncio.timeout(piece_timeout):
-                    await response.write(piece)
-        await response.write_eof()
+                await patience.wait(response.write(piece), len(piece))
+        await patience.wait(response.write_eof(), 0)
     except ConnectionError:
         pass
     except Exception as error:

@@ -48,9 +48,9 @@ class ManagementServer:
         settings = services.settings
         streams, xrpc = (public.streams, public.xrpc) if public else (None, None)
         self._metrics = Metrics(services, streams, xrpc)
-        self._listener = Listener(self._app(), settings.management.bind, "management.bind")
+        self._listener = Listener(self._app(), settings.management.bind, "management.bind", settings.public)
         self._scraped = (
-            Listener(self._metrics_app(), settings.metrics.bind, "metrics.bind")
+            Listener(self._metrics_app(), settings.metrics.bind, "metrics.bind", settings.public)
             if settings.metrics.bind
             else None
         )

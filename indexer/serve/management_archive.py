@@ -14,7 +14,7 @@ from aiohttp import web
 
 from indexer.atproto.syntax import check_did, check_tid
 from indexer.errors import RequestError, SyntaxInvalid
-from indexer.serve.http_errors import json_response, send_pieces
+from indexer.serve.http_errors import Terms, json_response, send_pieces
 from indexer.serve.xrpc.params import Params
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class ArchiveRoutes:
         )
         file = await archives.open(archive)
         try:
-            timeout = self._services.settings.public.request_timeout
-            return await send_pieces(request, response, _pieces(file), timeout)
+            terms = Terms(self._services.settings.public.request_timeout)
+            return await send_pieces(request, response, _pieces(file), terms)
         finally:
             await asyncio.to_thread(file.close)
 

@@ -19,7 +19,7 @@ from indexer.atproto.syntax import check_did
 from indexer.atproto.types import Did
 from indexer.errors import IdentityGone, RequestError, SyntaxInvalid
 from indexer.identity.documents import web_url
-from indexer.serve.http_errors import json_response, send_pieces
+from indexer.serve.http_errors import Terms, json_response, send_pieces
 from indexer.serve.xrpc.params import Params
 from indexer.serve.xrpc.records import collection_counts
 from indexer.store.codecs import NEW_REPO, AccountStatus, RepoRow, SyncState, Work
@@ -61,7 +61,9 @@ class RepoRoutes:
         if NDJSON in request.headers.get("Accept", ""):
             lines = self._lines(wanted, after, params.optional_integer("limit"))
             response = web.StreamResponse(headers={"Content-Type": NDJSON})
-            return await send_pieces(request, response, lines, self._services.settings.public.request_timeout)
+            return await send_pieces(
+                request, response, lines, Terms(self._services.settings.public.request_timeout)
+            )
         limit = params.integer("limit", 1000, 1, MAX_PAGE)
         page: list[dict[str, Any]] = []
         for row in self._rows(wanted, after):

@@ -113,7 +113,7 @@ async def test_an_unknown_repository_is_not_found(tmp_path: Path) -> None:
         status, answer = await node.xrpc(GET, repo=ALICE, collection=POST, rkey="a")
         assert (status, answer["error"]) == (400, "RepoNotFound")
         status, answer = await node.xrpc(GET, repo="nobody.test", collection=POST, rkey="a")
-        assert (status, answer["error"]) == (400, "RepoNotFound")
+        assert (status, answer["error"]) == (400, "HandleNotFound")
 
 
 _BAD_PARAMETERS = [

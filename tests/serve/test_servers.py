@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from aiohttp.test_utils import make_mocked_request
 from prometheus_client.parser import text_string_to_metric_families
 
-from indexer.errors import ConfigError
-from indexer.serve.listener import client_address
+from indexer.config import ListenerSettings
+from indexer.errors import ConfigError, IdentityGone, IdentityUnavailable
+from indexer.serve.http_errors import Patience, Terms
+from indexer.serve.listener import Gate, client_address
 from indexer.serve.management import ManagementServer
 from indexer.serve.public import PublicServer
-from tests.serve.node import ALICE, POST, fill, running, settings
+from indexer.store.transaction import Transaction
+from tests.serve.node import ALICE, POST, Node, fill, put, running, settings
 
 _ERRORS = [
     ("GET", "/xrpc/com.example.nope", 501, "MethodNotImplemented"),
@@ -41,7 +45,8 @@ async def test_a_browser_may_ask_first(tmp_path: Path) -> None:
         url = f"{node.public.url}/xrpc/com.atproto.repo.getRecord"
         async with node.http.options(url, headers={"Origin": "https://app.example"}) as response:
             assert response.status == 204
-            assert response.headers["Access-Control-Allow-Origin"] == "*"
+            for name in ("Access-Control-Allow-Origin", "Access-Control-Expose-Headers"):
+                assert response.headers.getall(name) == ["*"]
 
 
 async def test_a_query_that_takes_too_long_is_ended(tmp_path: Path) -> None:
@@ -60,10 +65,153 @@ async def test_a_query_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 async def test_expensive_queries_are_limited(tmp_path: Path) -> None:
     async with running(tmp_path, xrpc={"max_concurrent": 1}) as node:
         await fill(node, ALICE, [f"{POST}/a"])
-        async with node.public.xrpc._context.expensive.take():
+        with node.public.xrpc._context.expensive.take("192.0.2.1"):
             status, answer = await node.xrpc("com.atproto.sync.getRepo", did=ALICE)
         assert (status, answer["error"]) == (503, "ServerBusy")
         await node.car("com.atproto.sync.getRepo", did=ALICE)
+
+
+async def test_one_address_has_a_share_of_the_expensive_queries(tmp_path: Path) -> None:
+    async with running(tmp_path, xrpc={"max_concurrent": 4, "max_concurrent_per_address": 1}) as node:
+        await fill(node, ALICE, [f"{POST}/a"])
+        slots = node.public.xrpc._context.expensive
+        with slots.take("127.0.0.1"):
+            status, answer = await node.xrpc("com.atproto.sync.getRepo", did=ALICE)
+            assert (status, answer["error"]) == (429, "TooManyRequests")
+            with slots.take("192.0.2.1"):
+                pass
+        await node.car("com.atproto.sync.getRepo", did=ALICE)
+        assert not slots._taken
+
+
+async def _connect(node: Node, head: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection(*node.public.address)
+    writer.write(head)
+    await writer.drain()
+    return reader, writer
+
+
+async def test_a_request_that_is_never_finished_is_ended(tmp_path: Path) -> None:
+    async with running(tmp_path, public={"header_timeout": "50ms", "idle_timeout": "50ms"}) as node:
+        heads = [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n", b"GET /heal"]
+        pairs = [await _connect(node, head) for head in heads]
+        pairs.append(await _connect(node, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /he"))
+        async with asyncio.timeout(5):
+            for reader, _ in pairs[:3]:
+                with suppress(ConnectionError):
+                    assert await reader.read() == b""
+            assert b"200 OK" in await pairs[3][0].read()
+            for _, writer in pairs:
+                writer.close()
+            while node.public.listener.gate._open:
+                await asyncio.sleep(0.001)
+
+
+async def test_connections_are_limited_in_total_and_by_address(tmp_path: Path) -> None:
+    for limits in ({"max_connections": 2}, {"max_connections_per_address": 2}):
+        async with running(tmp_path, public=limits) as node:
+            first, second = await _connect(node), await _connect(node)
+            reader, refused = await _connect(node)
+            assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+            assert node.public.listener.gate.refused == 1
+            for _, writer in (first, second):
+                writer.close()
+            refused.close()
+            async with asyncio.timeout(5):
+                while node.public.listener.gate._open:
+                    await asyncio.sleep(0.001)
+            async with node.http.get(f"{node.public.url}/health") as response:
+                assert response.status == 200
+
+
+def test_trusted_proxies_may_have_every_connection() -> None:
+    limits = ListenerSettings(
+        max_connections_per_address=1, max_connections=3, trusted_proxies=["10.0.0.0/8"]
+    )
+    gate = Gate(limits)
+    assert [gate.enter(address) for address in ("10.0.0.1", "10.0.0.1", "192.0.2.1")] == [True] * 3
+    assert not gate.enter("10.0.0.1")
+    gate.leave("10.0.0.1")
+    assert not gate.enter("192.0.2.1")
+    assert gate.enter("10.0.0.1")
+
+
+async def _cut_after(terms: Terms, seconds: float, size: int, writes: int) -> int | None:
+    """The write at which a reader is given up that takes ``seconds`` for every ``size`` bytes."""
+    patience = Patience(terms)
+    for number in range(writes):
+        try:
+            await patience.wait(asyncio.sleep(seconds), size)
+        except TimeoutError:
+            return number
+    return None
+
+
+async def test_a_reader_may_neither_stall_nor_trickle() -> None:
+    assert await _cut_after(Terms(piece=0.02), 1.0, 1, 1) == 0
+    assert await _cut_after(Terms(piece=1.0), 0.01, 1, 10) is None
+    trickle = await _cut_after(Terms(piece=0.05, rate=1e6), 0.02, 10, 50)
+    assert trickle is not None
+    assert trickle >= 1
+    assert await _cut_after(Terms(piece=0.05, rate=1e6), 0.01, 100_000, 20) is None
+    assert await _cut_after(Terms(piece=1.0, total=0.05), 0.02, 10, 50) in (1, 2)
+
+
+async def test_a_reader_that_trickles_loses_its_answer_and_its_slot(tmp_path: Path) -> None:
+    limits = {"request_timeout": "200ms", "min_kib_per_s": 1e6}
+    async with running(tmp_path, public=limits) as node:
+
+        def large(tx: Transaction) -> None:
+            for number in range(120):
+                put(tx, ALICE, f"{POST}/{number}", text=f"{number}" + "x" * 200_000)
+
+        await node.writer.run("large", large)
+        await fill(node, ALICE, [])
+        request = f"GET /xrpc/com.atproto.sync.getRepo?did={ALICE} HTTP/1.1\r\nHost: a\r\n\r\n"
+        reader, writer = await _connect(node, request.encode())
+        read = 0
+        with suppress(ConnectionError):
+            while piece := await reader.read(65536):
+                read += len(piece)
+                await asyncio.sleep(0.005)
+        assert 0 < read < 120 * 200_000
+        assert not node.public.xrpc._context.expensive._taken
+        writer.close()
+
+
+async def test_somebody_who_looks_in_is_told_what_there_is(tmp_path: Path) -> None:
+    async with running(tmp_path) as node, node.http.get(f"{node.public.url}/") as response:
+        answer = await response.json()
+        assert {"/xrpc/{method}", "/stream", "/health", "/stats"} <= set(answer["endpoints"])
+        assert "com.atproto.sync.getRepo" in answer["endpoints"]["/xrpc/{method}"]
+
+
+async def test_a_number_out_of_range_is_told_the_range(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        for limit in ("-1", "0", "101", "x", "1.5"):
+            status, answer = await node.xrpc(
+                "com.atproto.repo.listRecords", repo=ALICE, collection=POST, limit=limit
+            )
+            assert (status, answer["error"]) == (400, "InvalidRequest")
+            assert answer["message"] == "parameter limit must be a whole number from 1 to 100"
+
+
+async def test_a_handle_without_an_answer_shows_nothing_of_how_it_was_asked(tmp_path: Path) -> None:
+    failures = [
+        (IdentityGone("status 404 from https://a.test/secret"), 400, "HandleNotFound"),
+        (IdentityUnavailable("cannot connect to host a.test:443 secret"), 400, "HandleNotFound"),
+        (IdentityUnavailable("10.0.0.53 secret timed out", reason="dns"), 502, "UpstreamFailure"),
+    ]
+    async with running(tmp_path) as node:
+        for failure, wanted, name in failures:
+
+            async def fail(_handle: str, /, failure: Exception = failure) -> str:
+                raise failure
+
+            node.resolver.resolve_handle = fail  # type: ignore[method-assign]
+            status, answer = await node.xrpc("com.atproto.repo.describeRepo", repo="a.test")
+            assert (status, answer["error"]) == (wanted, name)
+            assert "secret" not in answer["message"]
 
 
 async def test_health_and_statistics(tmp_path: Path) -> None:

@@ -6,21 +6,27 @@ status is read from the store for every query, so a takedown holds from the comm
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import structlog
+from aiohttp import web
+
 from indexer.atproto.syntax import check_at_identifier, check_did
 from indexer.atproto.types import Did
-from indexer.errors import RequestError
+from indexer.errors import IdentityGone, IdentityUnavailable, RequestError
+from indexer.serve.listener import client_address
 from indexer.serve.xrpc.params import Params
 from indexer.store.codecs import AccountStatus, RepoRow
 
 if TYPE_CHECKING:
     from indexer.serve.services import Services
     from indexer.serve.xrpc.trees import Trees
+
+log = structlog.get_logger(__name__)
 
 _REFUSALS = {
     AccountStatus.TAKENDOWN: "RepoTakendown",
@@ -31,17 +37,28 @@ _REFUSALS = {
 
 
 class Slots:
-    """A bound on queries that cost much; the one too many is told to come back."""
+    """A bound on queries that cost much, in total and for one address; the one too many is told to come
+    back."""
 
-    def __init__(self, most: int) -> None:
-        self._free = asyncio.Semaphore(most)
+    def __init__(self, most: int, most_per_address: int) -> None:
+        self._most = most
+        self._share = most_per_address
+        self._taken: Counter[str] = Counter()
 
-    @asynccontextmanager
-    async def take(self) -> AsyncIterator[None]:
-        if self._free.locked():
+    @contextmanager
+    def take(self, address: str) -> Iterator[None]:
+        if self._taken[address] >= self._share:
+            raise RequestError(
+                "too many expensive queries from this address", status=429, name="TooManyRequests"
+            )
+        if self._taken.total() >= self._most:
             raise RequestError("too many expensive queries at once", status=503, name="ServerBusy")
-        async with self._free:
+        self._taken[address] += 1
+        try:
             yield
+        finally:
+            self._taken[address] -= 1
+            self._taken += Counter()  # only what is taken is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +68,11 @@ class Context:
     services: Services
     trees: Trees
     expensive: Slots
+
+    def slot(self, request: web.Request) -> AbstractContextManager[None]:
+        """A place for an expensive query, held while it runs; `RequestError` when there is none."""
+        proxies = self.services.settings.public.trusted_proxies
+        return self.expensive.take(client_address(request, proxies))
 
 
 def require_records(services: Services) -> None:
@@ -75,7 +97,14 @@ async def named_did(services: Services, params: Params, name: str = "repo") -> D
     identifier = params.required(name, check_at_identifier)
     if identifier.startswith("did:"):
         return identifier
-    return await services.resolver.resolve_handle(identifier)
+    try:
+        return await services.resolver.resolve_handle(identifier)
+    except (IdentityGone, IdentityUnavailable) as error:
+        log.debug("handle_unresolved", handle=identifier, error=str(error))
+        if error.reason == "dns":  # our own server: nothing was learnt about the handle
+            log.warning("name_server_silent", error=str(error))
+            raise RequestError("no name server answers", status=502, name="UpstreamFailure") from error
+        raise RequestError(f"handle {identifier} could not be resolved", name="HandleNotFound") from error
 
 
 def known_repo(row: RepoRow | None, did: Did) -> RepoRow:

@@ -59,7 +59,9 @@ class Xrpc:
             max_records=limits.rebuild_max_records,
         )
         self.answers: Counter[tuple[str, int]] = Counter()
-        self._context = Context(services, self.trees, Slots(limits.max_concurrent))
+        self._context = Context(
+            services, self.trees, Slots(limits.max_concurrent, limits.max_concurrent_per_address)
+        )
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers one query."""
@@ -79,5 +81,5 @@ class Xrpc:
         """Signal of the application: any origin may read XRPC answers; each is counted."""
         method = request.match_info.get("method")
         if method is not None:
-            response.headers.extend(_CORS)
+            response.headers.update(_CORS)
             self.answers[method if method in QUERIES else "unknown", response.status] += 1

@@ -42,9 +42,12 @@ class Params:
         text = self.optional(name)
         if text is None:
             return default
-        value = whole_number(name, text)
+        try:
+            value = whole_number(name, text)
+        except RequestError:
+            value = -1
         if not low <= value <= high:
-            raise RequestError(f"parameter {name} must be between {low} and {high}")
+            raise RequestError(f"parameter {name} must be a whole number from {low} to {high}")
         return value
 
     def optional_integer(self, name: str) -> int | None:
@@ -70,7 +73,7 @@ class Params:
 def whole_number(name: str, text: str) -> int:
     """``text`` as an integer from 0 to 2^63 - 1, in plain decimal digits."""
     if not (text.isascii() and text.isdigit() and len(text) <= 19 and int(text) < 1 << 63):
-        raise RequestError(f"parameter {name} must be a whole number")
+        raise RequestError(f"parameter {name} must be a whole number that is not negative")
     return int(text)
 
 

@@ -1,7 +1,8 @@
 """`com.atproto.sync.*`: whole repositories, proofs and blocks as CARs; revs and statuses as JSON.
 
-Answers about content come from one snapshot. CARs are streamed: a few hundred blocks at a time are read
-and sent, with the account's status read again in between, and a reader that stalls is dropped.
+Answers about content come from one snapshot. CARs are streamed: some blocks at a time are read and
+sent, with the account's status read again in between, and a reader that stalls, or is slow all along,
+is dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from indexer.atproto.cid import dag_cbor_cid, format_cid, parse_cid
 from indexer.atproto.syntax import check_did, check_nsid, check_rkey, check_tid
 from indexer.atproto.types import Cid, Did
 from indexer.errors import RequestError, StoreCorrupt
-from indexer.serve.http_errors import json_response, send_pieces
+from indexer.serve.http_errors import Terms, json_response, send_pieces
 from indexer.serve.xrpc import access
 from indexer.serve.xrpc.access import Context
 from indexer.serve.xrpc.params import Params
@@ -37,8 +38,9 @@ T = TypeVar("T")
 CAR_TYPE = "application/vnd.ipld.car"
 MAX_REPOS = 1000
 MAX_BLOCKS = 200
-#: Blocks read and sent in one step of a CAR.
-_STEP_BLOCKS = 256
+#: Blocks read at once for a CAR, and the bytes of them that are sent at once.
+_STEP_BLOCKS = 64
+_PIECE_BYTES = 256 << 10
 #: Rows that one listRepos may look at: repositories without a commit are passed over.
 _SCAN_ROWS = 10_000
 
@@ -49,18 +51,16 @@ async def get_repo(context: Context, params: Params, request: web.Request) -> we
     access.require_blocks(services)
     did = access.did_param(params)
     since = params.optional("since", check_tid)
-    async with context.expensive.take():
-        with services.db.snapshot(REPOS, RECORDS, BLOCKS) as snapshot:
-            row = _complete_repo(snapshot.repo(did), did)
-            commit = dag_cbor_cid(row.commit)
-            if (unchanged := not_modified(request, format_cid(commit))) is not None:
-                return unchanged
-            timeout = services.settings.public.request_timeout
-            async with asyncio.timeout(timeout):
-                links = await _links(context, snapshot, did, row, since)
-            chunks = _car(services.db, snapshot, did, (commit, row.commit), links)
-            headers = {"Content-Type": CAR_TYPE, "ETag": f'"{format_cid(commit)}"'}
-            return await send_pieces(request, web.StreamResponse(headers=headers), chunks, timeout)
+    with context.slot(request), services.db.snapshot(REPOS, RECORDS, BLOCKS) as snapshot:
+        row = _complete_repo(snapshot.repo(did), did)
+        commit = dag_cbor_cid(row.commit)
+        if (unchanged := not_modified(request, format_cid(commit))) is not None:
+            return unchanged
+        async with asyncio.timeout(services.settings.public.request_timeout):
+            links = await _links(context, snapshot, did, row, since)
+        chunks = _car(services.db, snapshot, did, (commit, row.commit), links)
+        headers = {"Content-Type": CAR_TYPE, "ETag": f'"{format_cid(commit)}"'}
+        return await send_pieces(request, web.StreamResponse(headers=headers), chunks, _terms(context))
 
 
 async def get_record(context: Context, params: Params, request: web.Request) -> web.StreamResponse:
@@ -69,20 +69,19 @@ async def get_record(context: Context, params: Params, request: web.Request) -> 
     access.require_blocks(services)
     did = access.did_param(params)
     path = f"{params.required('collection', check_nsid)}/{params.required('rkey', check_rkey)}"
-    async with context.expensive.take():
-        with services.db.snapshot(REPOS, RECORDS, BLOCKS) as snapshot:
-            row = _complete_repo(snapshot.repo(did), did)
-            tree = await _tree(context, snapshot, did, row)
-            blocks = [(dag_cbor_cid(node), node) for node in mst.prove(tree.root, path, tree.nodes.get)]
-            record = snapshot.record(did, path)
-            if record is not None and record.served:
-                blocks.append((record.cid, _block(services.db, snapshot, did, record.cid)))
+    with context.slot(request), services.db.snapshot(REPOS, RECORDS, BLOCKS) as snapshot:
+        row = _complete_repo(snapshot.repo(did), did)
+        tree = await _tree(context, snapshot, did, row)
+        blocks = [(dag_cbor_cid(node), node) for node in mst.prove(tree.root, path, tree.nodes.get)]
+        record = snapshot.record(did, path)
+        if record is not None and record.served:
+            blocks.append((record.cid, _block(services.db, snapshot, did, record.cid)))
     access.served_repo(services.db.repo(did), did)
     commit = dag_cbor_cid(row.commit)
     return _car_response(commit, [(commit, row.commit), *blocks])
 
 
-async def get_blocks(context: Context, params: Params, _request: web.Request) -> web.StreamResponse:
+async def get_blocks(context: Context, params: Params, request: web.Request) -> web.StreamResponse:
     """The commit, nodes and records of a repository by CID."""
     services = context.services
     access.require_blocks(services)
@@ -90,20 +89,19 @@ async def get_blocks(context: Context, params: Params, _request: web.Request) ->
     texts = params.many("cids", lambda text: format_cid(parse_cid(text)), MAX_BLOCKS)
     if not texts:
         raise RequestError("parameter cids is required")
-    async with context.expensive.take():
-        with services.db.snapshot(REPOS, RECORDS, BLOCKS) as snapshot:
-            row = _complete_repo(snapshot.repo(did), did)
-            known = {dag_cbor_cid(row.commit): row.commit}
-            blocks: list[tuple[Cid, bytes]] = []
-            tree: Tree | None = None
-            for cid in map(parse_cid, texts):
-                block = known.get(cid) or snapshot.block(did, cid)
-                if block is None:
-                    tree = tree or await _tree(context, snapshot, did, row)
-                    block = tree.nodes.get(cid)
-                if block is None:
-                    raise RequestError(f"could not find block {format_cid(cid)}", name="BlockNotFound")
-                blocks.append((cid, block))
+    with context.slot(request), services.db.snapshot(REPOS, RECORDS, BLOCKS) as snapshot:
+        row = _complete_repo(snapshot.repo(did), did)
+        known = {dag_cbor_cid(row.commit): row.commit}
+        blocks: list[tuple[Cid, bytes]] = []
+        tree: Tree | None = None
+        for cid in map(parse_cid, texts):
+            block = known.get(cid) or snapshot.block(did, cid)
+            if block is None:
+                tree = tree or await _tree(context, snapshot, did, row)
+                block = tree.nodes.get(cid)
+            if block is None:
+                raise RequestError(f"could not find block {format_cid(cid)}", name="BlockNotFound")
+            blocks.append((cid, block))
     access.served_repo(services.db.repo(did), did)
     return _car_response(None, blocks)
 
@@ -213,10 +211,19 @@ async def _car(
         records = [cid for cid, node in step if node is None]
         blocks = db.multi_get(BLOCKS, [(did, cid) for cid in records])
         found = dict(zip(records, blocks, strict=True))
-        yield b"".join(
-            car_block(cid, node or found[cid] or _block(db, snapshot, did, cid)) for cid, node in step
-        )
+        piece = bytearray()
+        for cid, node in step:
+            piece += car_block(cid, node or found[cid] or _block(db, snapshot, did, cid))
+            if len(piece) >= _PIECE_BYTES:
+                yield bytes(piece)
+                piece.clear()
+        yield bytes(piece)
         await asyncio.sleep(0)
+
+
+def _terms(context: Context) -> Terms:
+    limits = context.services.settings.public
+    return Terms(limits.request_timeout, limits.answer_timeout, limits.min_kib_per_s * 1024)
 
 
 def _steps(items: Iterator[T], size: int) -> Iterator[list[T]]:
