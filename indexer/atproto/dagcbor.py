@@ -67,8 +67,8 @@ def _typed(data: bytes) -> Any:
 
 
 def _may_hold_links(data: bytes) -> bool:
-    # libipld also takes tag 42 in a longer head (d9 00 2a and so on).
-    return (
+    # libipld also takes tag 42 in a longer head (d9 00 2a and so on). Most records hold no such byte at all.
+    return b"\x2a" in data and (
         _TAG in data
         or b"\xd9\x00\x2a" in data
         or b"\xda\x00\x00\x00\x2a" in data
@@ -257,11 +257,7 @@ def check_record(block: bytes, *, max_bytes: int = MAX_RECORD_BYTES, max_depth: 
 
 def _check_model(record: dict[str, Any], max_depth: int) -> None:
     level: list[Any] = [record]
-    depth = 0
-    while level:
-        depth += 1
-        if depth > max_depth:
-            raise RecordInvalid(f"nested deeper than {max_depth} levels", reason="record_depth")
+    for _ in range(max_depth):
         below: list[Any] = []
         for value in level:
             if type(value) is dict:
@@ -276,7 +272,10 @@ def _check_model(record: dict[str, Any], max_depth: int) -> None:
                     below.append(item)
                 elif kind is int or kind is float or kind is Link:
                     _check_scalar(item)
+        if not below:
+            return
         level = below
+    raise RecordInvalid(f"nested deeper than {max_depth} levels", reason="record_depth")
 
 
 def _check_scalar(item: int | float | Link) -> None:

@@ -53,8 +53,12 @@ class References:
     def merge(self, changes: Mapping[Life, Mapping[Cid, int]]) -> None:
         """Take in the changes of a commit, which wrote them as the row ``next_row``."""
         for life, cids in changes.items():
-            for cid, delta in cids.items():
-                self._add(life, cid, delta)
+            mine = self.overlay.setdefault(life, {})
+            if mine.keys().isdisjoint(cids) and 0 not in cids.values():
+                mine.update(cids)  # a fetched repository
+            else:
+                for cid, delta in cids.items():
+                    self._add(life, cid, delta)
             self.unfolded += len(cids)
         self.next_row += 1
 
