@@ -134,3 +134,78 @@ async def test_the_guard_judges_upstreams(url: str) -> None:
         await asyncio.sleep(0.005)
     task.cancel()
     assert sink.reasons[0] == "refused"
+
+
+async def first_reasons(made: Source, sink: Sink, count: int = 1) -> list[str]:
+    """Why the first connections ended; raises what ended the source itself."""
+    task = asyncio.create_task(made.run())
+    while len(sink.reasons) < count and not task.done():
+        await asyncio.sleep(0.005)
+    if task.done():
+        await task
+    task.cancel()
+    return sink.reasons[:count]
+
+
+@pytest.mark.parametrize("place", ["ws://other.test/x", "/elsewhere", "not a url:"])
+async def test_redirects_are_not_followed(place: str) -> None:
+    async def elsewhere(_request: web.Request) -> web.Response:
+        return web.Response(status=302, headers={"Location": place})
+
+    runner, url = await serve(elsewhere)
+    sink = Sink()
+    assert await first_reasons(source(url, sink), sink) == ["http_302"]
+    await runner.cleanup()
+
+
+async def test_a_name_that_cannot_be_looked_up_ends_the_attempt_alone() -> None:
+    sink = Sink()
+    made = source("ws://relay.test", sink)
+
+    async def fails(host: str, port: int) -> list[tuple[str, int]]:
+        raise UnicodeError("label empty or too long")
+
+    made._dial = fails
+    assert await first_reasons(made, sink, 2) == ["handshake"] * 2
+
+
+async def talk_of(*messages: bytes) -> tuple[web.AppRunner, str]:
+    async def talk(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        for message in messages:
+            await socket.send_bytes(message)
+        await socket.close()
+        return socket
+
+    return await serve(talk)
+
+
+async def test_every_address_of_a_host_is_tried() -> None:
+    runner, url = await talk_of(b"fine")
+    open_port = int(url.rpartition(":")[2])
+
+    async def addresses(host: str, port: int) -> list[tuple[str, int]]:
+        return [("127.0.0.1", 1), ("127.0.0.1", 2), ("127.0.0.1", open_port)]
+
+    sink = Sink()
+    made = source("ws://relay.test", sink)
+    made._dial = addresses
+    assert await first_reasons(made, sink) == ["closed"]
+    assert sink.received == [b"fine"]
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize(("message", "attempts"), [(b"no event", 3), (b"event", 1)])
+async def test_only_a_valid_event_ends_the_growing_of_waits(message: bytes, attempts: int) -> None:
+    runner, url = await talk_of(message, b"no event")
+    sink = Sink()
+    made = source(url, sink)
+    made._backoff.chance = lambda: 0.0
+    task = asyncio.create_task(made.run())
+    while len(sink.reasons) < 3:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0)
+    task.cancel()
+    assert made._backoff.attempt >= attempts if attempts > 1 else made._backoff.attempt <= 1
+    await runner.cleanup()
