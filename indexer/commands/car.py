@@ -6,8 +6,10 @@ a file whose block hashes, tree or completeness do not hold, with one error that
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +23,16 @@ from indexer.atproto.dagcbor import record_to_json
 from indexer.atproto.did_document import parse_did_document
 from indexer.atproto.mst import build, key_layer
 from indexer.atproto.types import Did, DidKey
-from indexer.errors import BadInput, CarError, DidDocumentInvalid
+from indexer.commands.progress import counted
+from indexer.errors import BadInput, CarError, DagCborError, DidDocumentInvalid
 from indexer.repo.walker import RepoIndex, index_repo
 
-_file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_file = click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+
+
+#: Length and header of the longest archive that is read.
+_HEAD_BYTES = DEFAULT_LIMITS.max_header + 16
 
 
 class Signer(NamedTuple):
@@ -79,10 +86,15 @@ def _summary(repo: RepoIndex, signer: Signer | None) -> dict[str, Any]:
 
 
 def _read(file: Path) -> bytes:
-    """The file's bytes, at most one more than a repository may have, so that an endless one ends too."""
+    """The file's bytes (``-`` is standard input), at most one more than a repository may have. What does not
+    begin as a CAR is refused before the rest is read."""
     try:
-        with file.open("rb") as source:
-            return source.read(DEFAULT_LIMITS.max_bytes + 1)
+        with nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb") as source:
+            head = source.read(_HEAD_BYTES)
+            read_header(head)
+            if len(head) < _HEAD_BYTES:
+                return head
+            return head + source.read(DEFAULT_LIMITS.max_bytes + 1 - len(head))
     except OSError as error:
         raise CarError(f"{file}: {error.strerror}") from error
 
@@ -125,7 +137,7 @@ def _print_table(values: dict[str, Any]) -> None:
 
 @click.group()
 def car() -> None:
-    """Inspect, verify and unpack repository CAR files.
+    """Inspect, verify and unpack repository CAR files. FILE may be -, for standard input.
 
     Exit code 0: all checks hold; 1: one does not, and the error says which.
     """
@@ -190,8 +202,15 @@ def extract(file: Path, path: str | None, everything: bool, output: Path | None,
     if everything and output is None:
         raise click.UsageError("--all needs a folder: -o DIR")
     buffer = _read(file)
-    written = 0
-    for name, content in _contents(index_repo(buffer), buffer, path, raw):
+    written, unwritable = 0, []
+    for name, block in _records(index_repo(buffer), buffer, path):
+        try:
+            content = block if raw else record_to_json(block)
+        except DagCborError as error:
+            if not everything:
+                raise
+            unwritable.append(f"{name} ({error})")
+            continue
         if output is None:
             click.echo(content, nl=not raw)
         else:
@@ -200,14 +219,16 @@ def extract(file: Path, path: str | None, everything: bool, output: Path | None,
     if not written and not everything:
         raise BadInput(f"{file} has no record {path}")
     if output is not None:
-        click.echo(f"{written} records written to {output}", err=True)
+        click.echo(f"{counted(written, 'record')} written to {output}", err=True)
+    if unwritable:
+        what = counted(len(unwritable), "record")
+        raise BadInput(f"{what} without a JSON form left out (--raw has them): {', '.join(unwritable)}")
 
 
-def _contents(repo: RepoIndex, buffer: bytes, path: str | None, raw: bool) -> Iterator[tuple[str, bytes]]:
+def _records(repo: RepoIndex, buffer: bytes, path: str | None) -> Iterator[tuple[str, bytes]]:
     for name, _cid, start, end in repo.records:
         if path is None or name == path:
-            block = buffer[start:end]
-            yield name, block if raw else record_to_json(block)
+            yield name, buffer[start:end]
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -1,6 +1,7 @@
 """`indexer get` and `stream`, and what every client of a running daemon's HTTP interfaces shares.
 
-Owns their options, output and reconnecting. Everything goes through the public and the management listener;
+Owns their options, output and reconnecting. What strangers wrote reaches the terminal without control
+characters. Everything goes through the public and the management listener;
 where they are comes from the options, else from the settings (file and environment) that the daemon has.
 A daemon that is not there is one line and exit code 1.
 """
@@ -11,6 +12,7 @@ import asyncio
 import functools
 import json
 import random
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ import click
 from indexer.atproto.syntax import check_did, check_nsid_pattern, parse_at_uri
 from indexer.config import Settings, load, parse_bind
 from indexer.errors import FetchError, FetchRefused, FetchTransient, RequestError
+from indexer.setting_values import check_address
 
 T = TypeVar("T")
 
@@ -32,6 +35,23 @@ _CONNECT_S = 5.0
 #: First and longest wait before the stream is opened again, in seconds.
 _RETRY_S = (0.5, 15.0)
 _MAX_MESSAGE = 16 << 20
+#: C1 and DEL, which JSON leaves as they are and terminals obey, and halves of surrogate pairs; C0 too.
+_CONTROLS = re.compile("[\x7f-\x9f\ud800-\udfff]")
+_ALL_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def safe_json(text: str) -> str:
+    """JSON text of the same value, without characters that a terminal would obey."""
+    return _CONTROLS.sub(_escaped, text)
+
+
+def safe_text(text: object) -> str:
+    """What a person is shown of somebody else's text: one line, control characters escaped."""
+    return _ALL_CONTROLS.sub(_escaped, str(text))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
 
 
 class Daemon:
@@ -99,7 +119,8 @@ async def _refusal(response: aiohttp.ClientResponse) -> FetchRefused:
         name, message = str(answer["error"]), str(answer.get("message", ""))
     except (ValueError, KeyError, TypeError):
         name, message = "", f"HTTP {response.status}"
-    return FetchRefused(f"{name}: {message}" if name else message, status=response.status, name=name)
+    text = safe_text(f"{name}: {message}" if name else message)
+    return FetchRefused(text, status=response.status, name=name)
 
 
 def _unreachable(url: str, error: BaseException) -> str:
@@ -121,11 +142,22 @@ def with_daemon(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--config", type=path, help="Settings file (TOML)."),
         click.option("--token", help="Management token  [default: the setting management.token]"),
-        click.option("--management-url", help="Management listener  [default: from management.bind]"),
-        click.option("--url", help="Public listener  [default: from public.bind]"),
+        click.option(
+            "--management-url",
+            callback=_checked_url,
+            help="Management listener  [default: from management.bind]",
+        ),
+        click.option("--url", callback=_checked_url, help="Public listener  [default: from public.bind]"),
     ):
         wrapper = option(wrapper)
     return wrapper
+
+
+def _checked_url(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    try:
+        return value if value is None else check_address(value, ("http", "https"))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def daemon_of(settings: Settings, url: str | None, management_url: str | None, token: str | None) -> Daemon:
@@ -170,7 +202,7 @@ async def _get(daemon: Daemon, uri: str, compact: bool) -> None:
     answer = await daemon.query(
         "com.atproto.repo.getRecord", repo=parts.authority, collection=parts.collection, rkey=parts.rkey
     )
-    click.echo(json.dumps(answer, ensure_ascii=False, indent=None if compact else 2))
+    click.echo(safe_json(json.dumps(answer, ensure_ascii=False, indent=None if compact else 2)))
 
 
 # --- stream -----------------------------------------------------------------------------------------------
@@ -208,7 +240,7 @@ def stream(
             nonlocal left
             is_event = message["type"] != "info"
             if raw:
-                click.echo(text)
+                click.echo(safe_json(text))
             else:
                 click.echo(_shown(message), err=not is_event)
             if left is not None and is_event:
@@ -280,9 +312,9 @@ def _shown(message: Mapping[str, Any]) -> str:
         text = json.dumps(body.get("record"), ensure_ascii=False) if "record" in body else ""
         return (
             f"{message['id']:>10} {mark} {body['action']:<6} "
-            f"at://{body['did']}/{body['collection']}/{body['rkey']} {text}"[:240].rstrip()
+            f"at://{body['did']}/{body['collection']}/{body['rkey']} {safe_json(text)}"[:240].rstrip()
         )
     if kind == "info":
         return f"-- {message['name']}: goes on at {message['id']}"
     details = " ".join(f"{key}={value}" for key, value in body.items() if key != "did")
-    return f"{message['id']:>10} {kind} {body.get('did', '')} {details}"
+    return f"{message['id']:>10} {kind} {body.get('did', '')} {safe_text(details)}"

@@ -1,4 +1,4 @@
-"""Progress on what takes long: a bar on standard error when a terminal is attached, else nothing."""
+"""What commands tell of long work and of numbers: a bar on standard error when a terminal is attached."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def bar(title: str) -> Iterator[Tell]:
             progress.update(task, description=what, completed=done, total=max(done, total, 1))
 
         yield tell
+
+
+def counted(number: int, what: str) -> str:
+    """``1 record``, ``2 records``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -20,15 +20,19 @@ from urllib.parse import quote, urlencode
 import click
 
 from indexer.atproto.syntax import check_did
-from indexer.commands.client import Daemon, run_client, with_daemon
-from indexer.errors import IndexerError, RequestError
+from indexer.commands.client import Daemon, run_client, safe_text, with_daemon
+from indexer.commands.progress import counted
+from indexer.errors import FetchRefused, IdentityGone, IndexerError, RequestError
 from indexer.ingest.audit import Audit, audit
 from indexer.pool import Pool
+from indexer.store.codecs import AccountStatus, SyncState
 from indexer.store.database import Database
 
 #: Time between two looks of `repo add --wait`, in seconds.
 _POLL_S = 0.5
 _PIECE = 1 << 18
+#: How the error of a row begins when a directory or host says that there is no such account.
+_NO_IDENTITY = f"{IdentityGone.reason}: "
 
 
 @click.group()
@@ -46,36 +50,65 @@ def add(daemon: Daemon, dids: tuple[str, ...], wait: bool, raw: bool) -> None:
 
     async def main() -> None:
         wanted = [check_did(did) for did in dids]
-        await daemon.manage("PUT", "/repos", [{"did": did} for did in wanted])
+        acted = await daemon.manage("PUT", "/repos", [{"did": did} for did in wanted])
+        told = {item["did"] for item in acted}
+        problems = []
         for did in wanted:
-            row = await (_settled(daemon, did) if wait else daemon.manage("GET", _path(did)))
-            if not row["tracked"]:
-                raise RequestError(f"{did} is excluded by the filter and was not added")
-            click.echo(json.dumps(row) if raw else _line(row))
+            try:
+                row = await (_settled(daemon, did) if wait else daemon.manage("GET", _path(did)))
+            except FetchRefused as error:
+                if error.status != 404 or did in told:
+                    raise
+                row = None
+            if row is not None and row["tracked"]:
+                click.echo(json.dumps(row) if raw else _line(row))
+            if problem := _problem(did, row, waited=wait):
+                problems.append(problem)
+        if problems:
+            raise RequestError("; ".join(problems))
 
     run_client(main())
 
 
+def _problem(did: str, row: Mapping[str, Any] | None, *, waited: bool) -> str | None:
+    """Why a repository was not added, or will not be synced."""
+    if row is None or not row["tracked"]:
+        return f"{did} is excluded by the filter and was not added"
+    if not waited or (row["state"] == "synced" and row["active"]):
+        return None
+    if not row["active"]:
+        return f"the account {did} is {row['status']}"
+    return f"{did} cannot be synced: {safe_text(row['error'])}"
+
+
 async def _settled(daemon: Daemon, did: str) -> dict[str, Any]:
-    """The repository's state once it is synced or inactive."""
+    """The repository's state once it is synced, or known not to become so."""
     while True:
         row: dict[str, Any] = await daemon.manage("GET", _path(did))
-        if row["state"] == "synced" or not row["active"] or not row["tracked"]:
+        if not row["tracked"] or (row["state"] == "synced" and row["active"]):
             return row
-        if row["error"] and not row["due_us"]:
-            raise RequestError(f"{did}: {row['error']}")
+        # An account known as inactive is asked for once more, as it was just requested.
+        tried = row["error"] or row["attempt"] or not row["due_us"]
+        if not row["active"] and tried:
+            return row
+        if row["error"] and (not row["due_us"] or row["error"].startswith(_NO_IDENTITY)):
+            return row
         await asyncio.sleep(_POLL_S)
 
 
 @repo.command("list")
-@click.option("--state", type=click.Choice(["pending", "backfilling", "synced", "desynchronized"]))
+@click.option("--state", type=click.Choice([state.label for state in SyncState]), help="Only these.")
+@click.option(
+    "--status", type=click.Choice([status.label for status in AccountStatus]), help="Only these accounts."
+)
 @click.option("--json", "raw", is_flag=True, help="NDJSON.")
 @with_daemon
-def list_repos(daemon: Daemon, state: str | None, raw: bool) -> None:
-    """List known repositories in the order of their DIDs."""
+def list_repos(daemon: Daemon, state: str | None, status: str | None, raw: bool) -> None:
+    """List known repositories in the order of their DIDs: DID, sync state, account status, rev, handle."""
+    wanted = urlencode({name: value for name, value in (("state", state), ("status", status)) if value})
 
     async def main() -> None:
-        async with aclosing(daemon.lines(f"/repos?state={state}" if state else "/repos")) as rows:
+        async with aclosing(daemon.lines(f"/repos?{wanted}")) as rows:
             async for row in rows:
                 click.echo(json.dumps(row) if raw else _line(row))
 
@@ -152,10 +185,10 @@ def verify(daemon: Daemon, did: str, data_dir: Path | None, raw: bool) -> None:
     if raw:
         click.echo(json.dumps(found))
     else:
-        text = f"{found['records']} records, rev {found['rev']}, signature {found['signature']}"
+        text = f"{counted(found['records'], 'record')}, rev {found['rev']}, signature {found['signature']}"
         click.echo(f"{did}: {'ok' if found['outcome'] == 'ok' else 'MISMATCH'} ({text})")
         if found["message"]:
-            click.echo(found["message"])
+            click.echo(safe_text(found["message"]))
     if found["outcome"] != "ok":
         raise SystemExit(1)
 
@@ -197,8 +230,8 @@ def _path(did: str) -> str:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    status = "" if row["active"] else f" ({row['status']})"
-    return f"{row['did']} {row['state']}{status} {row['rev'] or '-'} {row['handle'] or '-'}"
+    handle = safe_text(row["handle"] or "-")
+    return f"{row['did']} {row['state']} {row['status']} {row['rev'] or '-'} {handle}"
 
 
 def _details(row: Mapping[str, Any]) -> Iterator[str]:
@@ -207,6 +240,6 @@ def _details(row: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}:"
             yield from (f"  {name:<40} {count}" for name, count in value.items())
         elif isinstance(value, list):
-            yield f"{key:<16} {', '.join(map(str, value)) or '-'}"
+            yield f"{key:<16} {safe_text(', '.join(map(str, value)) or '-')}"
         else:
-            yield f"{key:<16} {'-' if value is None else value}"
+            yield f"{key:<16} {'-' if value is None else safe_text(value)}"

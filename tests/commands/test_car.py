@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from indexer.atproto.car import car_block, car_header
+from indexer.atproto.cid import dag_cbor_cid
+from indexer.atproto.commit import Commit, encode_commit
 from indexer.atproto.dagcbor import record_from_json
+from indexer.atproto.mst import build
 from indexer.cli import main
 from indexer.commands.car import car
+from indexer.errors import BadInput
 from tests.commands.real_repos import repo_file, truth_of
 
 
@@ -96,6 +101,50 @@ def test_extract_everything_and_never_over_existing_files(
     assert found == truth["values"]
     again = refusal(capsys, "extract", repo_file("ten.car"), "--all", "-o", out)
     assert "File exists" in again
+
+
+def _with_an_odd_record(file: Path) -> None:
+    """A repository of three records; the middle one's bytes are no JSON string."""
+    fine = record_from_json({"$type": "a.b.c", "text": "fine"})
+    odd = b"\xa1aaa\xff"  # {"a": a text that is not UTF-8}
+    records = [("a.b.c/1", fine), ("a.b.c/2", odd), ("a.b.c/3", fine)]
+    tree = build((path, dag_cbor_cid(block)) for path, block in records)
+    commit = encode_commit(
+        Commit("did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", 3, tree.root, "3jzfcijpj2z2a", None, b"\1" * 64)
+    )
+    root = dag_cbor_cid(commit)
+    blocks = {root: commit, **tree.nodes, **{dag_cbor_cid(block): block for _, block in records}}
+    file.write_bytes(car_header([root]) + b"".join(car_block(cid, block) for cid, block in blocks.items()))
+
+
+def test_a_record_without_a_json_form_is_named_and_the_others_are_written(tmp_path: Path) -> None:
+    file, out = tmp_path / "odd.car", tmp_path / "out"
+    _with_an_odd_record(file)
+    result = run("extract", file, "--all", "-o", out)
+    assert isinstance(result.exception, BadInput)
+    assert "1 record without a JSON form left out" in str(result.exception)
+    assert "a.b.c/2 (" in str(result.exception)
+    assert "2 records written to" in result.stderr
+    assert sorted(path.name for path in out.rglob("*.json")) == ["1.json", "3.json"]
+    assert run("extract", file, "--all", "--raw", "-o", out).exit_code == 0
+    assert run("extract", file, "a.b.c/1", "-o", tmp_path / "one").stderr.startswith("1 record written")
+
+
+def test_a_dash_is_standard_input() -> None:
+    data = repo_file("ten.car").read_bytes()
+    result = CliRunner().invoke(car, ["verify", "-", "--json"], input=data)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["bytes"] == len(data)
+
+
+@pytest.mark.limit(5)
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/urandom"])
+def test_an_endless_file_is_refused_by_its_head(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("/proc/self/io").open() as counters:
+        before = int(counters.readline().split()[1])
+    refusal(capsys, "verify", name)
+    with Path("/proc/self/io").open() as counters:
+        assert int(counters.readline().split()[1]) - before < 1 << 20
 
 
 def test_a_path_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from pathlib import Path
 
 import pytest
 
 from indexer.cli import main
-from indexer.store.codecs import SyncState
+from indexer.store.codecs import AccountStatus, SyncState
+from indexer.store.transaction import Transaction
 from tests.serve.node import ALICE, BOB, POST, Node, fill, put, running
+
+CAROL = "did:plc:cccccccccccccccccccccccc"
 
 
 async def _call(node: Node, *arguments: str) -> int:
@@ -130,6 +134,58 @@ async def test_repositories_are_added_listed_and_shown(tmp_path: Path, capsys: O
         assert f"{POST}" in capsys.readouterr().out
         assert await _call(node, "repo", "status", "alice") == 1
         assert "not a valid DID" in capsys.readouterr().err
+
+
+async def test_control_characters_of_strangers_do_not_reach_the_terminal(
+    tmp_path: Path, capsys: Output
+) -> None:
+    text = "a\x9b31m\x7f\x85é\U0001f600\nb\x1b[2J"
+
+    def work(tx: Transaction) -> None:
+        put(tx, ALICE, f"{POST}/a", text=text)
+        tx.append_event("identity", ALICE, fields={"handle": "a\x9b2J\x1b.test"})
+
+    async with running(tmp_path) as node:
+        await node.writer.run("work", work)
+        await fill(node, ALICE, [], handle="a\x9bb", error="odd\nline\x1b[2J")
+        shown = []
+        for arguments in (
+            ["get", f"at://{ALICE}/{POST}/a"],
+            ["get", f"at://{ALICE}/{POST}/a", "--json"],
+            ["stream", "--cursor", "0", "--limit", "2"],
+            ["stream", "--cursor", "0", "--limit", "2", "--json"],
+            ["repo", "list"],
+            ["repo", "status", ALICE],
+        ):
+            assert await _call(node, *arguments) == 0
+            shown.append(capsys.readouterr().out)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", "".join(shown))
+    assert json.loads(shown[0])["value"]["text"] == json.loads(shown[1])["value"]["text"] == text
+    assert "é\U0001f600" in shown[0]
+    assert "odd\\u000aline" in shown[5]
+
+
+def test_what_is_not_a_url_is_said(capsys: Output) -> None:
+    for option in ("--url", "--management-url"):
+        assert _exit_code(["repo", "list", option, "foo"]) == 2
+        error = capsys.readouterr().err
+        assert f"'{option}'" in error
+        assert "not a URL of the form http://host: 'foo'" in error
+
+
+async def test_waiting_ends_when_nothing_will_come(tmp_path: Path, capsys: Output) -> None:
+    async with running(tmp_path, filter={"excludes": [CAROL]}) as node:
+        gone = "identity_gone: no such DID"
+        far = {"due": 1 << 50, "attempt": 1, "rev": "", "commit": b"", "tracked": True}
+        await fill(node, ALICE, [], state=SyncState.PENDING, error=gone, **far)
+        await fill(node, BOB, [], state=SyncState.PENDING, status=AccountStatus.DELETED, tracked=True)
+        assert await _call(node, "repo", "add", ALICE, BOB, CAROL, "--wait") == 1
+        error = capsys.readouterr().err
+        assert f"{ALICE} cannot be synced: {gone}" in error
+        assert f"the account {BOB} is deleted" in error
+        assert f"{CAROL} is excluded" in error
+        assert await _call(node, "repo", "list", "--status", "deleted") == 0
+        assert capsys.readouterr().out == f"{BOB} pending deleted 3jzfcijpj2z2a -\n"
 
 
 async def test_the_token_is_sent(tmp_path: Path, capsys: Output) -> None:
