@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +115,17 @@ async def test_frames_of_accounts_that_are_not_followed_are_not_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = kill_workers_at(monkeypatch)
-    excluded = Forge("did:plc:" + "x" * 24)
-    tables = {"filter": {"mode": "full", "excludes": [excluded.did]}}
-    async with world() as net, net.node(tmp_path, **tables) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with world() as net, net.node(tmp_path) as node:
+        forge, excluded = net.account("a"), net.account("b")
+        net.send(forge.parts(), excluded.parts())
+        await node.until(lambda: holds(node, forge) and holds(node, excluded))
         row = row_of(node, forge)._replace(tracked=False)
         await node.writer.run("untrack", lambda tx: tx.set_repo(forge.did, row))
         net.send(forge.posts(1))  # a route is still known: verified, dropped, forgotten
         await node.until(lambda: count(node, "drop/unwanted") == 1)
+        node.ingest.set_filters(replace(node.ingest.filters, excludes=frozenset({excluded.did})))
         verified = len(batches)
-        net.publish(excluded)
-        net.send(forge.posts(1), excluded.parts(), excluded.posts(1))
+        net.send(forge.posts(1), excluded.posts(1), excluded.posts(1))
         await node.until(lambda: count(node, "drop/unwanted") == 4)
         assert len(batches) == verified
 
