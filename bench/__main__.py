@@ -16,12 +16,15 @@ import orjson
 
 from bench.options import Options
 
-NAMES = ("car_walk", "verify", "live", "backfill")
+NAMES = ("car_walk", "verify", "live", "backfill", "gc", "disk")
+#: Run by name only: they compare what might be, not what is.
+ALONE = ("tuning",)
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("name", choices=[*NAMES, "all"], metavar="NAME", help=", ".join([*NAMES, "all"]))
+    names = [*NAMES, *ALONE, "all"]
+    parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(
         "sizes", nargs="*", type=int, metavar="SIZE", help="input sizes; each benchmark says of what"
     )
@@ -31,6 +34,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="folder for generated input", default=default_cache())
     parser.add_argument("--file", type=Path, help="car_walk: this CAR, also by HUGE_CAR in the environment")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="one more run under cProfile, as text")
+    parser.add_argument("--rounds", type=int, help="gc: updates of every churned record (20)", default=20)
+    parser.add_argument("--records", type=int, help="gc: records that are churned (a fiftieth of SIZE)")
     parser.add_argument("--strict", action="store_true", help="exit 1 when a target is missed")
     return parser.parse_args(arguments)
 
@@ -54,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         cache=given.cache,
         file=huge,
         profile=given.profile,
+        rounds=given.rounds,
+        records=given.records,
     )
     given.cache.mkdir(parents=True, exist_ok=True)
     met = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from base64 import b32encode
 from hashlib import sha256
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from indexer.atproto.dagcbor import encode
 from indexer.atproto.syntax import tid_from_micros
@@ -59,7 +59,7 @@ def made(number: int, version: int = 0) -> Made:
     reference = {"cid": "bafyrei" + target, "uri": uri}
     if is_post:
         text = " ".join(_WORDS[byte % len(_WORDS)] for byte in chance[: 6 + chance[7] % 26])
-        value = {"$type": _POST, "text": text, "langs": ["en"], "createdAt": when}
+        value: dict[str, Any] = {"$type": _POST, "text": text, "langs": ["en"], "createdAt": when}
         if chance[6] < 100:
             value["reply"] = {"root": reference, "parent": reference}
     else:

@@ -173,8 +173,8 @@ def peak_mib() -> float:
 def main() -> None:
     """Runs what the arguments name."""
     configure_logging(LogSettings(level="warning"))
-    job: Callable[..., Any] = {"churn": churn, "fill": fill, "tail": tail}[sys.argv[1]]
-    result = asyncio.run(job(Path(sys.argv[2]), *map(int, sys.argv[3:])))
+    jobs: dict[str, Callable[..., Any]] = {"churn": churn, "fill": fill, "tail": tail}
+    result = asyncio.run(jobs[sys.argv[1]](Path(sys.argv[2]), *map(int, sys.argv[3:])))
     print(orjson.dumps(result).decode(), flush=True)
 
 

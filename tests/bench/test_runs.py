@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import bench.backfill
+import bench.gc
 import bench.live
+import bench.tuning
 import bench.verify
 from bench.__main__ import main
 
@@ -61,6 +63,34 @@ def test_backfill_measures_a_daemon_of_its_own(
     monkeypatch.setattr(bench.backfill, "_SIZES", (10, 50))
     metrics = _result(capsys, tmp_path, "backfill", "100")
     assert {"records_per_s_100", "compacted_records_per_s_100", "peak_mib_100"} <= set(metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.limit(120)
+def test_gc_churns_and_kills(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.gc, "_TAIL", 2_000)
+    metrics = _result(capsys, tmp_path, "gc", "1000", "--records", "400", "--rounds", "2")
+    assert {"sst_ratio_400", "churn_peak_mib_400", "start_s_1000", "checkpoint_p99_ms_1000"} <= set(metrics)
+    assert metrics["sst_ratio_400"] < 1.3
+    assert not list(tmp_path.glob("gc-*")), "the stores are gone"
+
+
+def test_disk_counts_every_keyspace(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    metrics = _result(capsys, tmp_path, "disk", "100")
+    assert metrics["car_ratio_100"] > metrics["car_ratio_without_log_100"]
+
+
+@pytest.mark.slow
+@pytest.mark.limit(120)
+def test_tuning_compares_layouts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("as_is", "no_zstd")
+    monkeypatch.setattr(bench.tuning, "LAYOUTS", {name: bench.tuning.LAYOUTS[name] for name in names})
+    metrics = _result(capsys, tmp_path, "tuning", "1000")
+    assert metrics["as_is_bytes_per_record_1000"] < metrics["no_zstd_bytes_per_record_1000"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["verify", "many"]])

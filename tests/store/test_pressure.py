@@ -100,7 +100,7 @@ def _unit(number: int, choice: Random, tx: Transaction) -> None:
 @pytest.mark.limit(90)
 async def test_a_full_disk_is_one_named_error_and_leaves_nothing_half_applied(small_disk: Path) -> None:
     choice = Random(1)
-    acknowledged = []
+    acknowledged: list[int] = []
 
     async def write_until_it_fails() -> None:
         for number in range(1, 5000):
