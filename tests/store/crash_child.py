@@ -1,7 +1,7 @@
 """The process that the crash tests kill: writes, folds, collects, prunes and wipes until it dies.
 
 ``python -m tests.store.crash_child FOLDER POINT COUNT``: SIGKILLs itself at the COUNT-th pass of the
-crash point (``before put``, ``after blocks_gc``, …); with POINT ``-`` it prints one line for every
+crash point (``before put``, ``after retention prune``, …); with POINT ``-`` it prints one line for every
 acknowledged unit and runs until it is killed from outside.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count as count_from
 from pathlib import Path
+from typing import TypeVar
 
 from indexer.store.codecs import AccountStatus
 from indexer.store.database import Database
@@ -26,6 +27,7 @@ from indexer.store.transaction import Transaction
 from indexer.store.writer import Writer
 from tests.store.support import Clock, block_of, cid_of, settings_of
 
+T = TypeVar("T")
 DIDS = [f"did:web:user{number}.test" for number in range(5)]
 
 
@@ -40,6 +42,14 @@ def crasher(point: str, count: int) -> Callable[[str], None]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     return reached
+
+
+class NamingWriter(Writer):
+    """Tells the steps of a worker apart: its crash points bear the step's name as well."""
+
+    async def run(self, name: str, fn: Callable[[Transaction], T]) -> T:
+        step = getattr(getattr(fn, "func", None), "__name__", None)
+        return await super().run(name if name == "put" or step is None else f"{name} {step}", fn)
 
 
 def commit(number: int, choice: random.Random, tx: Transaction) -> None:
@@ -65,7 +75,7 @@ async def main(folder: Path, point: str, count: int) -> None:
     )  # fmt: skip
     db = Database.open(folder / "db", memory_mib=32)
     clock = Clock()
-    writer = Writer(db, settings, clock=clock, boot="one boot", crash_point=crasher(point, count))
+    writer = NamingWriter(db, settings, clock=clock, boot="one boot", crash_point=crasher(point, count))
     clock.now = max(clock.now, writer.state.last_time)
     await writer.start()
     workers = (

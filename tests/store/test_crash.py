@@ -16,7 +16,10 @@ from indexer.store.database import Database
 from tests.paths import ROOT
 from tests.store.support import opened
 
-UNITS = ("put", "checkpoint", "blocks_gc", "retention")
+UNITS = (
+    "put", "checkpoint fold", "blocks_gc collect", "retention _mark", "retention prune", "retention sweep",
+    "retention finish",
+)  # fmt: skip
 POINTS = [f"{moment} {unit}" for unit in UNITS for moment in ("before", "after")]
 
 
