@@ -32,11 +32,20 @@ class Gate:
     def __init__(self, family: Any, inner: Any) -> None:
         self._family, self._inner = family, inner
         self.entered, self.open = threading.Event(), threading.Event()
+        self.at_work = False
+        self.closed_at_work = False
 
     def compact_range(self, *bounds: Any) -> None:
+        self.at_work = True
         self.entered.set()
         assert self.open.wait(20)
+        threading.Event().wait(0.1)  # it does not end at once
         self._family.compact_range(*bounds)
+        self.at_work = False
+
+    def close(self) -> None:
+        self.closed_at_work = self.at_work
+        self._family.close()
 
     def cancel_all_background(self, wait: bool) -> None:
         self._inner.cancel_all_background(wait)
@@ -68,6 +77,7 @@ async def test_closing_waits_for_a_compaction_that_its_caller_gave_up(tmp_path: 
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert gate.open.is_set()
+    assert not gate.closed_at_work
     with pytest.raises(StoreError, match="closed"):
         db.compact(BLOCKS)
     async with opened(tmp_path) as store:
@@ -239,10 +249,11 @@ async def test_a_sweep_reads_the_quarantine_outside_the_writers_turn(
         await store.do(lambda tx: refused(tx, ALICE, 3), lambda tx: refused(tx, BOB, 3))
         await store.do(lambda tx: tx.wipe_repo(ALICE, DELETED))
         await store.do(lambda tx: refused(tx, ALICE, 1))
+        await store.do(lambda tx: tx.wipe_repo("did:plc:c", DELETED))
         before = store.writer.stats.names.get("retention", 0)
         await store.retention.run_once()
         assert [number for number, _ in store.db.scan(QUARANTINE)] == [3, 4, 5, 6]
-        assert store.writer.stats.names["retention"] - before == 3 + 1  # frames, then the end
+        assert store.writer.stats.names["retention"] - before == 1 + 3 + 1  # events, frames one by one, the end
 
 
 # ---- wipes
