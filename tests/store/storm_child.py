@@ -51,7 +51,7 @@ from tests.store.support import Clock, settings_of
 RETENTION_S = 2
 UNIT_S = 0.002  # of the storm's own time, a unit
 _LAG = 600  # events that the load may be ahead of the reader
-_IN_FLIGHT = 40  # groups of units that are not acknowledged
+_IN_FLIGHT = 8  # groups of units that are not acknowledged
 
 
 def settings() -> Settings:

@@ -68,15 +68,22 @@ def op_of(seed: int, number: int) -> Op:
     chance = random.Random(f"{seed}/{number}")
     kind = chance.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
     did = chance.choice(DIDS)
-    paths, changes = (300 if did == LARGE else 25), chance.randrange(30, 60) if kind == "chunk" else 4
-    return Op(
-        number,
-        kind,
-        did,
-        [_change(chance, paths) for _ in range(chance.randrange(1, changes))],
-        chance.random(),
-        f"{chance.randrange(60)}",
-    )
+    paths = 300 if did == LARGE else 25
+    if kind == "chunk":
+        fresh = chance.random() < 0.5
+        changes = [
+            _fetched(chance, number, rkey) if fresh else _change(chance, paths)
+            for rkey in range(chance.randrange(10, 50))
+        ]
+        changes.sort(key=lambda change: not change.text)  # deletes after puts
+    else:
+        changes = [_change(chance, paths) for _ in range(chance.randrange(1, 4))]
+    return Op(number, kind, did, changes, chance.random(), f"{chance.randrange(60)}")
+
+
+def _fetched(chance: random.Random, number: int, rkey: int) -> Change:
+    """One of a run of neighbours, most often in a place where nothing is stored."""
+    return Change(f"a.b.e/{number % 20:02}{rkey:02}", f"new {chance.getrandbits(8)}", 0)
 
 
 def _change(chance: random.Random, paths: int) -> Change:
@@ -110,7 +117,7 @@ def perform(op: Op, tx: Transaction, archived: Archived | None = None) -> None:
             tx.set_cursor(f"job/{op.did}", row.epoch + 1)
             tx.set_repo(op.did, row._replace(tracked=True, state=SyncState.BACKFILLING, due=1))
         case "chunk" if tx.cursor(f"job/{op.did}") == row.epoch + 1:
-            write(op, tx, live=False)
+            fetch(op, tx)
             if op.coin < 0.3:
                 tx.set_repo(op.did, synced(row, op.rev))
         case "wipe":
@@ -144,6 +151,15 @@ def write(op: Op, tx: Transaction, *, live: bool) -> None:
             tx.put_record(op.did, path, cid_of(block), block, op.rev, live=live, flags=flags)
         else:
             tx.delete_record(op.did, path, op.rev, live=live)
+
+
+def fetch(op: Op, tx: Transaction) -> None:
+    """As the backfill does it."""
+    puts = [(path, block_of(text), flags) for path, text, flags in op.changes if text]
+    tx.put_records(op.did, op.rev, [(path, cid_of(block), block, f) for path, block, f in puts], live=False)
+    for path, text, _ in op.changes:
+        if not text:
+            tx.delete_record(op.did, path, op.rev, live=False)
 
 
 def wipe(op: Op, tx: Transaction) -> None:
