@@ -1,0 +1,122 @@
+"""Applies the mutants one by one to a copy of the tree and runs the test that must notice.
+
+``python -m tests.mutants.run [NAME…]``: exits 1 when a mutant survives or no longer applies, or when a
+killer fails without any mutant. The working tree is only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.paths import ROOT
+
+TABLE = Path(__file__).with_name("mutants.toml")
+_LIMIT_S = 240.0  # of one killer; a mutant that makes it hang is noticed, too
+_LEFT_OUT = shutil.ignore_patterns(
+    ".git", "__pycache__", ".*_cache", ".hypothesis", ".venv", "*.egg-info", "/data"
+)
+_FAILED = 1  # pytest's exit code when tests failed; others mean that it could not run them
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    killer: str
+    why: str
+
+
+class NotApplied(Exception):
+    """The text that a mutant replaces is not found exactly once."""
+
+
+def mutants() -> list[Mutant]:
+    return [Mutant(**row) for row in tomllib.loads(TABLE.read_text())["mutant"]]
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """The file's text with the bug. The first newline of a text in the table is not part of it."""
+    if text.count(mutant.old) != 1:
+        raise NotApplied(f"{mutant.name}: its text occurs {text.count(mutant.old)} times in {mutant.file}")
+    return text.replace(mutant.old, mutant.new)
+
+
+class Run(NamedTuple):
+    """How a killer ended: exit code (None: it took too long), the first test that failed, seconds."""
+
+    code: int | None
+    failed: str
+    seconds: float
+
+
+def run_tests(tree: Path, file: str) -> Run:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--no-header", "--tb=no",
+               "-p", "no:cacheprovider", file]  # fmt: skip
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Run(None, "it hangs", time.monotonic() - started)
+    failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, _FAILED):
+        print(done.stdout[-2000:], done.stderr[-2000:], sep="\n")
+    return Run(done.returncode, failed[1] if failed else "", time.monotonic() - started)
+
+
+def verdict(tree: Path, mutant: Mutant) -> bool:
+    """Whether the killer notices; says so."""
+    place = tree / mutant.file
+    sound = place.read_text()
+    place.write_text(mutated(mutant, sound))
+    try:
+        run = run_tests(tree, mutant.killer)
+    finally:
+        place.write_text(sound)
+    killed = run.code in (_FAILED, None)
+    word = "killed  " if killed else "SURVIVED"
+    print(f"{word} {mutant.name:40} {run.seconds:5.1f} s  {mutant.killer} {run.failed}", flush=True)
+    return killed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    names = set(parser.parse_args().names)
+    chosen = [mutant for mutant in mutants() if not names or mutant.name in names]
+    if unknown := names - {mutant.name for mutant in chosen}:
+        parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
+    faults = 0
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=_LEFT_OUT)
+        for killer in dict.fromkeys(mutant.killer for mutant in chosen):
+            if run_tests(tree, killer).code != 0:
+                print(f"FAILS    {killer} without any mutant", flush=True)
+                faults += 1
+        for mutant in chosen:
+            try:
+                faults += not verdict(tree, mutant)
+            except NotApplied as error:
+                print(f"STALE    {error}", flush=True)
+                faults += 1
+    print(f"{len(chosen)} mutants in {time.monotonic() - started:.0f} s, {faults} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Every mutant still applies; `python -m tests.mutants.run` shows that each is noticed."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.mutants.run import Mutant, NotApplied, mutants, mutated
+from tests.paths import ROOT
+
+#: Likely bugs that one of them must be.
+NAMED = {
+    "cursor-saved-before-data", "floor-off-by-one", "delete-stored-as-update", "signature-check-skipped",
+    "refcount-not-released",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.name)
+def test_it_applies_and_is_valid_python(mutant: Mutant) -> None:
+    text = mutated(mutant, (ROOT / mutant.file).read_text())
+    assert ast.dump(ast.parse(text)) != ast.dump(ast.parse((ROOT / mutant.file).read_text()))
+    assert (ROOT / mutant.killer).is_file()
+    assert mutant.why
+
+
+def test_names_are_unique_and_the_likeliest_bugs_are_among_them() -> None:
+    names = [mutant.name for mutant in mutants()]
+    assert len(names) == len(set(names))
+    assert set(names) >= NAMED
+    assert sum(mutant.file.startswith("indexer/store/") for mutant in mutants()) >= 12
+
+
+def test_a_text_that_is_not_found_exactly_once_is_refused() -> None:
+    mutant = mutants()[0]
+    for text in ("", mutant.old * 2):
+        with pytest.raises(NotApplied, match=mutant.name):
+            mutated(mutant, text)
