@@ -73,7 +73,7 @@ def greet(console: Console, daemon: Daemon, ledger: dict[str, Any], *, ephemeral
         lines += [
             f"  curl -s '{repo}.describeRepo?repo={did}'",
             f"  curl -s '{repo}.listRecords?repo={did}&collection=app.bsky.feed.post&limit=2'",
-            f"  curl -s -o repo.car '{sync}.getRepo?did={did}' && python -m indexer car verify repo.car",
+            f"  curl -s -o repo.car '{sync}.getRepo?did={did}' && {python} -m indexer car verify repo.car",
         ]
     lines += [
         f"  {python} -m indexer stream --url {public} --cursor 0 --collection app.bsky.feed.post",
