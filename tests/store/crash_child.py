@@ -16,8 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count as count_from
 from pathlib import Path
-from typing import TypeVar
 
+from indexer.store import gc, refcounts, retention, sweep
 from indexer.store.codecs import AccountStatus
 from indexer.store.database import Database
 from indexer.store.gc import BlocksGcWorker
@@ -27,8 +27,16 @@ from indexer.store.transaction import Transaction
 from indexer.store.writer import Writer
 from tests.store.support import Clock, block_of, cid_of, settings_of
 
-T = TypeVar("T")
 DIDS = [f"did:web:user{number}.test" for number in range(5)]
+#: Unit at the writer, and the function that it runs.
+STEPS = [
+    ("checkpoint", refcounts, "fold"),
+    ("blocks_gc", gc, "collect"),
+    ("retention", RetentionWorker, "_mark"),
+    ("retention", retention, "prune"),
+    ("retention", sweep, "sweep"),
+    ("retention", sweep, "finish"),
+]
 
 
 def crasher(point: str, count: int) -> Callable[[str], None]:
@@ -44,12 +52,27 @@ def crasher(point: str, count: int) -> Callable[[str], None]:
     return reached
 
 
-class NamingWriter(Writer):
-    """Tells the steps of a worker apart: its crash points bear the step's name as well."""
+def told_apart(reached: Callable[[str], None]) -> Callable[[str], None]:
+    """Crash points of the workers that bear the name of the step as well."""
+    running: dict[str, str] = {}
 
-    async def run(self, name: str, fn: Callable[[Transaction], T]) -> T:
-        step = getattr(getattr(fn, "func", None), "__name__", None)
-        return await super().run(name if name == "put" or step is None else f"{name} {step}", fn)
+    def noted(owner: object, step: str, unit: str) -> None:
+        original = getattr(owner, step)
+
+        def wrapped(*arguments: object) -> object:
+            running[unit] = step
+            return original(*arguments)
+
+        setattr(owner, step, wrapped)
+
+    for unit, owner, step in STEPS:
+        noted(owner, step, unit)
+
+    def at(point: str) -> None:
+        step = running.get(point.partition(" ")[2])
+        reached(point if step is None else f"{point} {step}")
+
+    return at
 
 
 def commit(number: int, choice: random.Random, tx: Transaction) -> None:
@@ -75,7 +98,8 @@ async def main(folder: Path, point: str, count: int) -> None:
     )  # fmt: skip
     db = Database.open(folder / "db", memory_mib=32)
     clock = Clock()
-    writer = NamingWriter(db, settings, clock=clock, boot="one boot", crash_point=crasher(point, count))
+    at = told_apart(crasher(point, count))
+    writer = Writer(db, settings, clock=clock, boot="one boot", crash_point=at)
     clock.now = max(clock.now, writer.state.last_time)
     await writer.start()
     workers = (
