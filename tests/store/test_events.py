@@ -79,6 +79,20 @@ async def test_reading_starts_at_the_floor(tmp_path: Path) -> None:
         assert store.log.blocks(old) == [None]
 
 
+async def test_ids_go_on_after_a_kill_when_every_event_was_pruned(tmp_path: Path) -> None:
+    clock = Clock()
+    async with opened(tmp_path, clock=clock, clean=False, events={"retention": 60}) as store:
+        await store.put(ALICE, POST, "one")
+        await store.put(ALICE, POST, "two")
+        await store.retention.run_once()
+        clock.forward(100)
+        await store.retention.run_once()
+        assert (store.log.floor, store.events()) == (3, [])
+    async with opened(tmp_path, clock=clock) as store:
+        await store.put(ALICE, POST, "three")
+        assert ids(store.events()) == [3]
+
+
 async def test_a_lost_block_that_is_still_demanded_is_corruption(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         cid = await store.put(ALICE, POST, "one")
