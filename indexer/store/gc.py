@@ -106,10 +106,10 @@ class BlocksGcWorker(Worker):
                 started = time.perf_counter()
                 keys, position = self._queued(position)
                 if keys:
-                    step = await self._writer.run(self.name, partial(collect, keys))
+                    step = await self._pace.step(self._writer, self.name, partial(collect, keys), started)
                     totals = [a + b for a, b in zip(totals, step[:5], strict=True)]
                     self._note(step)
-                    await self._pace.rest(time.perf_counter() - started, len(keys))
+                    await self._pace.rest(self._pace.took, len(keys))
             looked, reclaimed, size, kept, faults = totals
             report = GcReport(looked, reclaimed, size, kept, faults, await self._compact())
             self.last = report

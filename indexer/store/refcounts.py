@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from indexer.atproto.types import Cid, Did
 from indexer.config import GcSettings
@@ -21,6 +21,8 @@ from indexer.store.references import Life
 from indexer.store.transaction import Transaction
 from indexer.store.worker import Worker
 from indexer.store.writer import Writer
+
+_HURRY_MAX: Final = 4.0
 
 
 class FoldPlan(NamedTuple):
@@ -81,19 +83,23 @@ class CheckpointWorker(Worker):
                 started = time.perf_counter()
                 plan = self._plan(target)
                 counts = self._counts(plan)
-                zeros = await self._writer.run(self.name, partial(fold, plan, counts))
+                zeros = await self._pace.step(self._writer, self.name, partial(fold, plan, counts), started)
                 if zeros is not None:
                     zeroed += zeros
                     changes += plan.changes
                     steps += 1
-                await self._pace.rest(time.perf_counter() - started, plan.changes)
+                await self._pace.rest(self._pace.took, plan.changes, self._hurry())
             report = CheckpointReport(refs.position, refs.position - start, changes, zeroed, steps)
             if report.rows:
-                await self._writer.run(self.name, lambda tx: tx.add_count("gc/checkpoints", 1))
+                await self._writer.run(self.name, lambda tx: tx.add_count("gc/checkpoints", 1), ahead=True)
             self._totals = [a + b for a, b in zip(self._totals, report[1:4], strict=True)]
             self.last = report
             self.passes += 1
             return report
+
+    def _hurry(self) -> float:
+        """How far the log has outgrown its bound: memory holds what is not folded, so writes must wait."""
+        return min(_HURRY_MAX, self._writer.state.refs.unfolded / (2 * self._settings.checkpoint_rows))
 
     def _plan(self, target: int) -> FoldPlan:
         """Read rows from the position on, up to a step's worth of changes."""

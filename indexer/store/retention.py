@@ -141,7 +141,7 @@ class RetentionWorker(Worker):
         if retention_us is None:
             return
         self._next_prune = time.monotonic() + self.interval
-        now = await self._writer.run(self.name, partial(self._mark, retention_us))
+        now = await self._writer.run(self.name, partial(self._mark, retention_us), ahead=True)
         mark = self._cutoff(now - retention_us)
         if mark is None:
             return
@@ -152,10 +152,11 @@ class RetentionWorker(Worker):
             old = []
             if plan.stop >= mark.next:
                 old = self.watermarks(stop=mark.time + 1, limit=_MARKS_AT_ONCE)
-            self.pruned += await self._writer.run(self.name, partial(prune, plan, old))
+            step = partial(prune, plan, old)
+            self.pruned += await self._pace.step(self._writer, self.name, step, started)
             floor = self._writer.floor
             if floor < mark.next:
-                await self._pace.rest(time.perf_counter() - started, len(plan.events))
+                await self._pace.rest(self._pace.took, len(plan.events))
 
     def _below(self, stop: EventId) -> PrunePlan:
         at = self._sweeper.at()

@@ -104,8 +104,8 @@ class Sweeper:
             plan = self._plan(end)
             if plan is None:
                 return swept
-            swept += await self._writer.run(NAME, partial(sweep, plan))
-            await self._pace.rest(time.perf_counter() - started, plan.looked)
+            swept += await self._pace.step(self._writer, NAME, partial(sweep, plan), started)
+            await self._pace.rest(self._pace.took, plan.looked)
 
     def _plan(self, end: EventId) -> SweepPlan | None:
         """The next step of a walk to ``end``; it goes on where one to the same end was left."""

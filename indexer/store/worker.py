@@ -1,23 +1,28 @@
 """The frame of the background workers: intervals, pacing, counting of failures.
 
 A worker does passes; a pass is a row of small steps, each one atomic unit on the writer, with as
-much rest as work between them, so that ingest keeps at least half of the loop. A failed read or plan
-is logged, counted and tried again at the next interval; a failed commit has poisoned the writer and
-ends the worker. On the writer's loop.
+much rest as work between them, so that ingest keeps at least half of the loop. Steps go ahead of what
+waits at the writer: behind a full queue they would fall back without end, and memory would grow. A
+failed read or plan is logged, counted and tried again at the next interval; a failed commit has
+poisoned the writer and ends the worker. On the writer's loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import structlog
 
 from indexer.config import GcSettings
 from indexer.errors import WriterPoisoned
 from indexer.store.database import Database
+from indexer.store.transaction import Transaction
 from indexer.store.writer import Writer
+
+T = TypeVar("T")
 
 STEP_AIM_S: Final = 0.005
 _REST_MAX_S: Final = 0.1
@@ -29,18 +34,33 @@ log = structlog.get_logger(__name__)
 class Pace:
     """How many rows a step takes so that it lasts a few milliseconds, and the rest after it."""
 
-    __slots__ = ("_max_rows", "rows")
+    __slots__ = ("_max_rows", "rows", "took")
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self.rows = max(1, min(max_rows, 500))
+        self.took = 0.0  # seconds that the last step worked
 
-    async def rest(self, seconds: float, handled: int) -> None:
-        """Rest after a step that handled rows in ``seconds``, and choose the next step's size."""
+    async def step(self, writer: Writer, name: str, fn: Callable[[Transaction], T], started: float) -> T:
+        """Run a step that was planned since ``started``; notes how long it worked, waiting left out."""
+        self.took = time.perf_counter() - started
+
+        def timed(tx: Transaction) -> T:
+            began = time.perf_counter()
+            try:
+                return fn(tx)
+            finally:
+                self.took += time.perf_counter() - began
+
+        return await writer.run(name, timed, ahead=True)
+
+    async def rest(self, seconds: float, handled: int, hurry: float = 1.0) -> None:
+        """Rest after a step that handled rows in ``seconds``, and choose the next step's size. In a ``hurry``
+        (above 1) steps are so much longer and there is no rest."""
         if handled >= self.rows // 2:
-            factor = min(2.0, max(0.5, STEP_AIM_S / max(seconds, 1e-6)))
+            factor = min(2.0, max(0.5, STEP_AIM_S * max(1.0, hurry) / max(seconds, 1e-6)))
             self.rows = max(min(_MIN_ROWS, self._max_rows), min(self._max_rows, int(self.rows * factor)))
-        await asyncio.sleep(min(seconds, _REST_MAX_S))
+        await asyncio.sleep(0 if hurry > 1 else min(seconds, _REST_MAX_S))
 
 
 class Worker:

@@ -137,13 +137,13 @@ class Writer:
 
     # ---- the doorway
 
-    async def run(self, name: str, fn: Callable[[Transaction], T]) -> T:
-        """Run ``fn`` on the pending group; its result once the group is committed.
+    async def run(self, name: str, fn: Callable[[Transaction], T], *, ahead: bool = False) -> T:
+        """Run ``fn`` on the pending group; its result once the group is committed. ``ahead`` of what waits,
+        whatever the queue's bound, goes the upkeep that bounds memory.
 
         What ``fn`` raises is raised here, after its writes are undone.
         """
-        future = await self._submit(name, (fn,), None)
-        return cast(T, await future)
+        return cast(T, await (await self._submit(name, (fn,), None, ahead)))
 
     async def run_ordered(self, name: str, steps: Sequence[Step], rescue: Rescue) -> None:
         """Run steps one after another; returns once all are committed.
@@ -160,12 +160,17 @@ class Writer:
         return await self._submit(name, steps, rescue)
 
     async def _submit(
-        self, name: str, steps: Sequence[Callable[[Transaction], Any]], rescue: Rescue | None
+        self,
+        name: str,
+        steps: Sequence[Callable[[Transaction], Any]],
+        rescue: Rescue | None,
+        ahead: bool = False,
     ) -> asyncio.Future[Any]:
         self._check()
         unit: Unit[Any] = Unit(name, steps, rescue, asyncio.get_running_loop().create_future())
-        if not self._waiting and (not self._queue or self._queued + len(steps) <= self._settings.queue_units):
-            self._admit(unit)
+        fits = not self._queue or self._queued + len(steps) <= self._settings.queue_units
+        if ahead or (fits and not self._waiting):
+            self._admit(unit, ahead)
         else:
             unit.admitted = asyncio.get_running_loop().create_future()
             self._waiting.append(unit)
@@ -176,8 +181,8 @@ class Writer:
                 raise
         return unit.future
 
-    def _admit(self, unit: Unit[Any]) -> None:
-        self._queue.append(unit)
+    def _admit(self, unit: Unit[Any], ahead: bool = False) -> None:
+        (self._queue.appendleft if ahead else self._queue.append)(unit)
         self._queued += len(unit.steps)
         self._wake.set()
 
@@ -232,14 +237,9 @@ class Writer:
     @property
     def stats(self) -> WriterStats:
         return WriterStats(
-            self._groups,
-            self._units,
-            self._stalls,
-            self._syncs,
-            self._queued,
-            self._commit_s,
+            self._groups, self._units, self._stalls, self._syncs, self._queued, self._commit_s,
             dict(self._names),
-        )
+        )  # fmt: skip
 
     # ---- the task
 

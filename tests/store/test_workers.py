@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +16,7 @@ from indexer.store.gc import collect, verdict
 from indexer.store.keyspaces import BLOCK_REFS, BLOCKS, CURSORS, EVENTS, GC_QUEUE, REFLOG
 from indexer.store.refcounts import fold
 from indexer.store.retention import Watermark, prune
+from indexer.store.worker import Pace
 from tests.store.support import ALICE, BOB, LIKE, POST, Clock, Store, block_of, cid_of, opened
 
 HOUR = {"retention": 3600}
@@ -38,6 +40,48 @@ async def churn(store: Store, repositories: int = 3, paths: int = 10) -> None:
                 await store.put(did, path, f"{number}")
             if number % 5 == 0:
                 await store.put(did, f"d.e.f/{number}", "bad", flags=INVALID)
+
+
+class BusyWriter:
+    """Lets every unit wait."""
+
+    async def run(self, _name: str, fn: Any, *, ahead: bool) -> Any:
+        assert ahead
+        await asyncio.sleep(0.05)
+        return fn(None)
+
+
+async def test_waiting_at_the_writer_does_not_make_steps_smaller() -> None:
+    pace = Pace(2000)
+    for _ in range(3):
+        assert (
+            await pace.step(cast(Any, BusyWriter()), "test", lambda _tx: "done", time.perf_counter())
+            == "done"
+        )
+        await pace.rest(pace.took, 2000)
+    assert pace.rows == 2000
+
+
+async def test_a_hurry_makes_steps_longer_and_leaves_out_the_rest() -> None:
+    calm, hurried = Pace(2000), Pace(2000)
+    await calm.rest(0.02, 500)
+    started = time.perf_counter()
+    await hurried.rest(0.02, 500, hurry=4)
+    assert time.perf_counter() - started < 0.02
+    assert (calm.rows, hurried.rows) == (250, 500)
+
+
+async def test_a_checkpoint_goes_ahead_of_what_waits_at_the_writer(tmp_path: Path) -> None:
+    async with opened(tmp_path, writer={"group_ops": 10}, gc={"checkpoint_rows": 10}) as store:
+        await churn(store)
+        callers = [asyncio.create_task(store.put(ALICE, f"g.h.i/{n}", f"{n}")) for n in range(500)]
+        await asyncio.sleep(0)  # they queue up
+        report = await store.checkpoint.run_once()
+        assert report.changes > 0
+        assert sum(task.done() for task in callers) < 250
+        await asyncio.gather(*callers)
+        await store.checkpoint.run_once()
+        store.assert_clean()
 
 
 # ---- checkpoint
