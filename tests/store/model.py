@@ -59,6 +59,7 @@ class Unit(NamedTuple):
 
     changes: list[Change]
     wipe_at: int  # before this change its repository is wiped
+    wipes: int  # in a row
     fails: bool
     in_steps: bool
     cancel_after: int | None  # turns of the loop
@@ -180,6 +181,7 @@ UNITS = st.builds(
     Unit,
     st.lists(CHANGES, min_size=1, max_size=6),
     st.sampled_from((-1, -1, -1, 0, 2)),
+    st.sampled_from((1, 1, 2)),
     st.sampled_from((False, False, True)),
     st.booleans(),
     GIVE_UP,
@@ -200,7 +202,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.clock = Clock()
         self.loop = asyncio.new_event_loop()
-        self.ran: list[tuple[int, list[Change], int]] = []  # time, changes, wipe_at: in the order of the runs
+        self.ran: list[tuple[int, list[Change], int, int]] = []  # time, changes, wipe_at, wipes; in order
 
     @initialize(mode=st.sampled_from(MODES))
     def first_open(self, mode: Mode) -> None:
@@ -272,31 +274,33 @@ class StoreMachine(RuleBasedStateMachine):
 
     async def run(self, unit: Unit) -> None:
         if not unit.in_steps:
-            await self.store.writer.run("unit", self.step(unit.changes, unit.wipe_at, unit.fails))
+            await self.store.writer.run("unit", self.step(unit.changes, unit.wipe_at, unit.wipes, unit.fails))
             return
         steps = [
-            self.step([change], 0 if index == unit.wipe_at else -1, unit.fails and index % 2 == 1)
+            self.step([change], 0 if index == unit.wipe_at else -1, unit.wipes, unit.fails and index % 2 == 1)
             for index, change in enumerate(unit.changes)
         ]
         await self.store.writer.run_ordered("steps", steps, lambda _index, _error: lambda _tx: None)
 
-    def step(self, changes: list[Change], wipe_at: int, fails: bool) -> Callable[[Transaction], None]:
+    def step(
+        self, changes: list[Change], wipe_at: int, wipes: int, fails: bool
+    ) -> Callable[[Transaction], None]:
         def run(tx: Transaction) -> None:
             for index, change in enumerate(changes):
-                if index == wipe_at:
+                for _ in range(wipes if index == wipe_at else 0):
                     tx.wipe_repo(change.did, AccountStatus.DELETED)
                 write(change, tx)
             tx.buffer_frame(changes[0].did, f"3k{len(changes)}", "commit", "s", b"x")
             if fails:
                 raise BadInput("no")
-            self.ran.append((tx.now_us, changes, wipe_at))
+            self.ran.append((tx.now_us, changes, wipe_at, wipes))
 
         return run
 
     def tell_the_twin(self) -> None:
-        for now, changes, wipe_at in self.ran:
+        for now, changes, wipe_at, wipes in self.ran:
             for index, change in enumerate(changes):
-                if index == wipe_at:
+                for _ in range(wipes if index == wipe_at else 0):
                     self.twin.wipe(change.did, now)
                 self.twin.apply(change, now)
         self.ran.clear()
