@@ -7,7 +7,7 @@
 ARGS ?=
 SHELL := /bin/sh
 
-.PHONY: demo run test test-slow lint bench bench-full help
+.PHONY: demo run test test-slow mutants lint bench bench-full help
 
 define with_python
 	@python=$$(PYTHON="$(PYTHON)" sh .ci/interpreter $(1)) || exit 1; \
@@ -29,6 +29,10 @@ test:
 # The long tests.
 test-slow:
 	$(call with_python,dev,pytest -m slow)
+
+# Likely bugs, put into a copy one by one: a test must notice each.
+mutants:
+	$(call with_python,dev,tests.mutants.run)
 
 # Style, format and types.
 lint:

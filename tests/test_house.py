@@ -46,7 +46,7 @@ def test_every_make_target_in_the_pages_exists() -> None:
 
 def test_ci_runs_the_readmes_commands() -> None:
     steps = re.findall(r"^step (\S+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    assert steps == ["test", "test-slow", "lint"]
+    assert steps == ["test", "test-slow", "mutants", "lint"]
     assert set(steps) <= set(_targets())
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 

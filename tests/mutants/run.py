@@ -7,9 +7,11 @@ killer fails without any mutant. The working tree is only read.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,16 +67,27 @@ def run_tests(tree: Path, file: str) -> Run:
                "-p", "no:cacheprovider", file]  # fmt: skip
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
     started = time.monotonic()
+    tests = subprocess.Popen(
+        command,
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False
-        )
+        out, errors = tests.communicate(timeout=_LIMIT_S)
     except subprocess.TimeoutExpired:
         return Run(None, "it hangs", time.monotonic() - started)
-    failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", done.stdout, re.MULTILINE)
-    if done.returncode not in (0, _FAILED):
-        print(done.stdout[-2000:], done.stderr[-2000:], sep="\n")
-    return Run(done.returncode, failed[1] if failed else "", time.monotonic() - started)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(tests.pid, signal.SIGKILL)  # with the processes that a bug left behind
+        tests.communicate()
+    failed = re.search(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - |$)", out, re.MULTILINE)
+    if tests.returncode not in (0, _FAILED):
+        print(out[-2000:], errors[-2000:], sep="\n")
+    return Run(tests.returncode, failed[1] if failed else "", time.monotonic() - started)
 
 
 def verdict(tree: Path, mutant: Mutant) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 import pytest
 
-from tests.mutants.run import Mutant, NotApplied, mutants, mutated
+from tests.mutants.run import Mutant, NotApplied, mutants, mutated, verdict
 from tests.paths import ROOT
 
 #: Likely bugs that one of them must be.
@@ -36,3 +37,16 @@ def test_a_text_that_is_not_found_exactly_once_is_refused() -> None:
     for text in ("", mutant.old * 2):
         with pytest.raises(NotApplied, match=mutant.name):
             mutated(mutant, text)
+
+
+def test_killed_or_survived_is_what_the_killer_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.py").write_text("ONE = 1\n")
+    (tmp_path / "test_one.py").write_text("from one import ONE\n\n\ndef test_sign():\n    assert ONE > 0\n")
+    for new, killed in (("-1", True), ("2", False)):
+        assert verdict(tmp_path, Mutant("m", "one.py", "1", new, "test_one.py", "")) is killed
+    assert (tmp_path / "one.py").read_text() == "ONE = 1\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["killed", "SURVIVED"]
+    assert lines[0].endswith("test_one.py test_sign")

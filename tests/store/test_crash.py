@@ -32,7 +32,10 @@ def child(folder: Path, point: str, count: int) -> subprocess.Popen[str]:
 
 def crash(folder: Path, point: str, count: int) -> None:
     with child(folder, point, count) as process:
-        _, errors = process.communicate(timeout=25)
+        try:
+            _, errors = process.communicate(timeout=25)
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGKILL, errors
 
 
