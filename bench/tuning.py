@@ -35,7 +35,7 @@ REDUCED = (200_000,)
 FULL = (200_000, 1_000_000)
 _READS: Final = 20_000
 _UNIT: Final = 50
-_MEMORY_MIB: Final = 32  # small beside the data, so that reads reach the files
+_MEMORY_MIB: Final = 64  # small beside the data, so that reads reach the files
 _TICKER: Final = re.compile(
     r"rocksdb\.(bytes\.written|flush\.write\.bytes|compact\.write\.bytes) COUNT : (\d+)"
 )
@@ -59,13 +59,19 @@ LAYOUTS: Final[dict[str, Layout]] = {
     "dictionary_16k": Layout(constants={"_DICTIONARY": 16 * _KIB}),
     "dictionary_64k": Layout(constants={"_DICTIONARY": 64 * _KIB}),
     "no_zstd": Layout({name: {"zstd_dictionary": False} for name in KEYSPACES}),
-    "zstd_rows": Layout({name: {"zstd_dictionary": True} for name in _ROWS}),
+    "lz4_rows": Layout({name: {"zstd_dictionary": False} for name in _ROWS}),
+    "zstd_level_1": Layout(constants={"_ZSTD_LEVEL": 1}),
+    "zstd_level_6": Layout(constants={"_ZSTD_LEVEL": 6}),
+    "zstd_level_9": Layout(constants={"_ZSTD_LEVEL": 9}),
+    "buffers_double": Layout({name: {"weight": each.tuning.weight * 2} for name, each in KEYSPACES.items()}),
+    "buffers_half": Layout(
+        {name: {"weight": max(1, each.tuning.weight // 2)} for name, each in KEYSPACES.items()}
+    ),
     "blocks_4k": Layout({"blocks": {"block_kib": 4}}),
     "blocks_8k": Layout({"blocks": {"block_kib": 8}}),
     "blocks_32k": Layout({"blocks": {"block_kib": 32}}),
     "rows_4k": Layout({name: {"block_kib": 4} for name in _ROWS}),
     "rows_16k": Layout({name: {"block_kib": 16} for name in _ROWS}),
-    "zstd_rows_16k": Layout({name: {"block_kib": 16, "zstd_dictionary": True} for name in _ROWS}),
     "no_bloom": Layout({name: {"bloom": False} for name in KEYSPACES}),
     "no_collectors": Layout({name: {"collected": False} for name in KEYSPACES}),
 }
@@ -82,6 +88,7 @@ def run(options: Options) -> Report:
                 ("write_amplification", "×"),
                 ("get_p50_us", "µs"),
                 ("get_p99_us", "µs"),
+                ("get_cpu_us", "µs"),
                 ("load_cpu_us", "µs/record"),
             ):
                 report.add(f"{name}_{figure}_{records}", unit, [each[figure] for each in found])
@@ -136,13 +143,16 @@ async def measure(folder: Path, records: int, counted: list[Any]) -> dict[str, f
         amplification = _amplification(counted[0])
         await asyncio.to_thread(compact_all, store.db)
         size = sum(row["sst_bytes"] for row in store.db.stats().values())
+        begun = time.process_time()
         reads = _read(store, records, choice)
+        read_cpu = (time.process_time() - begun) / _READS
     cuts = quantiles(reads, n=100)
     return {
         "bytes_per_record": size / records,
         "write_amplification": amplification,
         "get_p50_us": cuts[49] * 1e6,
         "get_p99_us": cuts[98] * 1e6,
+        "get_cpu_us": read_cpu * 1e6,
         "load_cpu_us": cpu / records * 1e6,
     }
 

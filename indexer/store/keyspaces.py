@@ -33,7 +33,7 @@ class Tuning(NamedTuple):
     block_kib: int = 4
     bloom: bool = False  # lookups often miss
     collected: bool = False  # rows are deleted: compact where tombstones gather
-    zstd_dictionary: bool = False  # bulky and alike: zstd with a dictionary at the bottom
+    zstd_dictionary: bool = False  # many and alike: zstd with a dictionary at the bottom
     weight: int = 1  # share of the write buffers
 
 
@@ -81,7 +81,7 @@ ACCOUNT_STATUS: Final[Keyspace[tuple[Did, str], tuple[AccountStatus, bool, int, 
     "account_status", _PAIR, _WORD
 )
 RECORDS: Final[Keyspace[tuple[Did, Path], RecordRow]] = Keyspace(
-    "records", _PAIR, _RECORD, Tuning(8, bloom=True, collected=True, weight=4)
+    "records", _PAIR, _RECORD, Tuning(8, bloom=True, collected=True, zstd_dictionary=True, weight=4)
 )
 BLOCKS: Final[Keyspace[tuple[Did, Cid], bytes]] = Keyspace(
     "blocks",
@@ -91,7 +91,11 @@ BLOCKS: Final[Keyspace[tuple[Did, Cid], bytes]] = Keyspace(
     _show_cid,
 )
 BLOCK_REFS: Final[Keyspace[tuple[Did, Cid], int]] = Keyspace(
-    "block_refs", _DID_CID, _INT, Tuning(8, bloom=True, collected=True, weight=2), _show_cid
+    "block_refs",
+    _DID_CID,
+    _INT,
+    Tuning(8, bloom=True, collected=True, zstd_dictionary=True, weight=2),
+    _show_cid,
 )
 REFLOG: Final[Keyspace[int, list[RefChange]]] = Keyspace(
     "reflog", _U64, _CHANGES, Tuning(16, collected=True, weight=2)

@@ -21,6 +21,7 @@ from indexer.store.keyspaces import KEYSPACES, Tuning
 MIB: Final = 1 << 20
 _WAL_LIMIT: Final = 128 * MIB
 _DICTIONARY: Final = 32 * 1024
+_ZSTD_LEVEL: Final = 3
 _COLLECTOR: Final = (10_000, 3_000, 0.3)  # window, tombstones that trigger, share of them
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _FILES_AT_ONCE: Final = 256  # open files left to sockets, spools and the rest
@@ -63,15 +64,15 @@ def database_options(shared: Budget, *, create: bool) -> Any:
 
 def family_options(shared: Budget, tuning: Tuning, *, create: bool) -> Any:
     options = database_options(shared, create=create)
-    share = min(32, max(1, shared.memory_bytes // MIB // 96)) * tuning.weight
-    options.set_write_buffer_size(min(share, 64) * MIB)
+    share = max(MIB, shared.memory_bytes // 48) * tuning.weight
+    options.set_write_buffer_size(min(share, 64 * MIB))
     options.set_max_write_buffer_number(4)
     options.set_level_compaction_dynamic_level_bytes(True)
     options.set_target_file_size_base(32 * MIB)
     options.set_compression_type(rocksdict.DBCompressionType.lz4())
     if tuning.zstd_dictionary:
         options.set_bottommost_compression_type(rocksdict.DBCompressionType.zstd())
-        options.set_bottommost_compression_options(-14, 3, 0, _DICTIONARY, True)
+        options.set_bottommost_compression_options(-14, _ZSTD_LEVEL, 0, _DICTIONARY, True)
         options.set_bottommost_zstd_max_train_bytes(_DICTIONARY * 50, True)
     if tuning.collected:
         options.add_compact_on_deletion_collector_factory(*_COLLECTOR)
