@@ -92,7 +92,8 @@ class Daemon:
         verifiers, workers = Pool(settings.verifiers), Pool(settings.backfill.processes)
         self._on_stop(verifiers.stop)
         self._on_stop(workers.stop)
-        await verifiers.warm()
+        warming = asyncio.create_task(verifiers.warm())  # its processes import while the rest is built
+        self._stack.callback(warming.cancel)
         http = await self._stack.enter_async_context(HttpClient(settings.network))
         resolver = Resolver(http, settings)
         filters = Filters.of(settings.filter).with_rows(self.db.filters())
@@ -119,6 +120,7 @@ class Daemon:
         self._spawn("backfill", self.backfill.run, self.backfill.stop)
         self._spawn("ingest", self.ingest.run, self.ingest.stop)
         await self._listen()
+        await warming
 
     def _open_store(self) -> None:
         settings = self.settings
