@@ -52,11 +52,11 @@ def run(options: Options) -> Report:
         report.notes.append(f"{found.records:,} records, bytes a record: {parts}")
         ratio, stored = found.sst_bytes / found.car_bytes, found.sst_bytes / found.records
         target = _MOST if records >= _FROM else None
-        report.add(f"car_ratio_{records}", "×", [ratio], target, series="car_ratio", size=records)
+        report.add(f"car_ratio_{records}", "ratio", [ratio], target, series="car_ratio", size=records)
         report.add(f"bytes_per_record_{records}", "bytes", [stored], series="bytes", size=records)
         report.add(f"car_bytes_per_record_{records}", "bytes", [found.car_bytes / found.records])
         without = (found.sst_bytes - found.keyspaces["events"]) / found.car_bytes
-        report.add(f"car_ratio_without_log_{records}", "×", [without], series="without log", size=records)
+        report.add(f"car_ratio_without_log_{records}", "ratio", [without], series="without log", size=records)
     return report
 
 

@@ -91,7 +91,7 @@ def _churn(report: Report, options: Options, records: int) -> None:
     )
     beyond = (full["directory_bytes"] - fresh["sst_bytes"] * _RATIO.bound) / mib
     for name, unit, value, target in (
-        ("sst_ratio", "×", full["sst_bytes"] / fresh["sst_bytes"], _RATIO),
+        ("sst_ratio", "ratio", full["sst_bytes"] / fresh["sst_bytes"], _RATIO),
         ("directory_beyond_mib", "MiB", max(beyond, 0.001), _DIRECTORY),
         ("churn_peak_mib", "MiB", full["peak_mib"], _MEMORY),
         ("versions_per_s", "versions/s", full["versions_per_s"], None),

@@ -85,7 +85,7 @@ def run(options: Options) -> Report:
             found = [_child(options.cache, name, records) for _ in range(options.runs)]
             for figure, unit in (
                 ("bytes_per_record", "bytes"),
-                ("write_amplification", "×"),
+                ("write_amplification", "ratio"),
                 ("get_p50_us", "µs"),
                 ("get_p99_us", "µs"),
                 ("get_cpu_us", "µs"),
