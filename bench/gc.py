@@ -2,9 +2,9 @@
 
 Churn: a fiftieth of RECORDS (or N) are written and updated R times in a process of its own, with the workers
 running and a retention of three seconds, then pruned, folded, collected and compacted; a fresh index of the
-same final state is the measure of what should be left. Start-up: RECORDS are loaded, 100,000 more lie in the
-log unfolded, the writing process is killed; timed from the daemon's start to its first getRecord. Then
-getRecord's latency at random records, idle and while that log is folded.
+same final state is the measure of what should be left. Start-up: RECORDS are loaded, as many more but at most
+100,000 lie in the log unfolded, the writing process is killed; timed from the daemon's start to its first
+getRecord. Then getRecord's latency at random records, idle and while that log is folded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bench.records import PER_REPO, made, owner
 from bench.report import Report, Target
 from bench.requests import Client
 
-REDUCED = (50_000, 200_000, 500_000)
+REDUCED = (20_000, 60_000, 200_000)
 FULL = (100_000, 1_000_000, 5_000_000)
 _CHURNED: Final = 50  # a fiftieth of the records
 _TAIL = 100_000
@@ -118,12 +118,13 @@ def _restarts(report: Report, options: Options, records: int, folder: Path) -> l
     )
     report.add(f"load_peak_mib_{records}", "MiB", [loaded["peak_mib"]], _MEMORY, series="peak", size=records)
     done = []
-    for turn in range(options.runs):
-        _kill_in_the_tail(folder, records + turn * _TAIL, records + (turn + 1) * _TAIL)
-        done.append(asyncio.run(restart(folder, records)))
-    if options.profile is not None:
-        _kill_in_the_tail(folder, records + options.runs * _TAIL, records + (options.runs + 1) * _TAIL)
-        asyncio.run(restart(folder, records, profile=options.profile))
+    first, tail = records, min(_TAIL, records)
+    for profile in (*[None] * options.runs, *([options.profile] if options.profile else [])):
+        _kill_in_the_tail(folder, first, first + tail)
+        first += tail
+        found = asyncio.run(restart(folder, records, tail, profile=profile))
+        if profile is None:
+            done.append(found)
     return done
 
 
@@ -137,7 +138,7 @@ def _kill_in_the_tail(folder: Path, first: int, last: int) -> None:
         raise SystemExit("the writing process ended early")
 
 
-async def restart(folder: Path, records: int, *, profile: Path | None = None) -> Restart:
+async def restart(folder: Path, records: int, tail: int, *, profile: Path | None = None) -> Restart:
     """The daemon on what the killed process left."""
     settings = {**_SETTINGS, "data_dir": str(folder)}
     start = time.perf_counter()
@@ -146,18 +147,18 @@ async def restart(folder: Path, records: int, *, profile: Path | None = None) ->
         took = time.perf_counter() - start
         idle = await _latencies(daemon, records, asyncio.create_task(asyncio.sleep(_IDLE_S)))
         begun = time.perf_counter()
-        folded = asyncio.create_task(_checkpoint(daemon))
+        folded = asyncio.create_task(_checkpoint(daemon, tail))
         busy = await _latencies(daemon, records, folded)
         checkpoint_s = time.perf_counter() - begun
     p99 = quantiles(idle, n=100)[98] * 1000, quantiles(busy, n=100)[98] * 1000
     return Restart(took, *p99, max(busy) * 1000, checkpoint_s, len(busy))
 
 
-async def _checkpoint(daemon: BenchDaemon) -> None:
+async def _checkpoint(daemon: BenchDaemon, tail: int) -> None:
     async with aiohttp.ClientSession() as http, http.post(f"{daemon.management}/db/checkpoint") as answer:
         answer.raise_for_status()
         report = (await answer.json())["report"]
-    if report["changes"] < _TAIL:
+    if report["changes"] < tail:
         raise SystemExit(f"the checkpoint found less than the killed process left: {report}")
 
 
