@@ -126,11 +126,13 @@ class Storm:
             child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
         reading = threading.Thread(target=_read, args=(child, lines, ready))
         reading.start()
-        if not early:
-            ready.wait(30)
-        time.sleep(delay)  # the random moment; nothing is waited for
-        child.kill()
-        reading.join()
+        try:
+            if not early:
+                ready.wait(30)
+            time.sleep(delay)  # the random moment; nothing is waited for
+        finally:
+            child.kill()
+            reading.join()
         died = child.wait() != -9
         life = _life(lines, (self.folder / "errors").read_text())
         if died:
