@@ -220,6 +220,7 @@ async def test_a_stall_is_waited_out_and_the_batch_built_again(
         def stalling(db: Any, batch: Any, options: Any) -> None:
             sizes.append(batch.len())
             if len(sizes) < 4:
+                batch.clear()  # as a stall leaves it
                 raise StoreBusy("Write stall")
             write(db, batch, options)
 
