@@ -119,7 +119,7 @@ def test_the_store_is_the_same_to_the_byte(plan: Plan) -> None:
 @pytest.mark.parametrize("stored", [0, 3, 5])
 @pytest.mark.parametrize("flags", [0, INVALID])
 def test_where_one_of_them_is_stored_they_go_in_one_by_one(stored: int, flags: int) -> None:
-    puts = records({path: ("new", 0) for path in PATHS[:6]})
+    puts = records(dict.fromkeys(PATHS[:6], ("new", 0)))
     plan = Plan(Mode(), records({PATHS[stored]: ("old", flags)}), [], [puts], wiped=False, deletes=[])
     assert asyncio.run(outcome(in_bulk, plan)) == asyncio.run(outcome(one_by_one, plan))
 
