@@ -178,8 +178,8 @@ class HookedWriter(Writer):
 
     hook: Callable[[str], Awaitable[None]] | None = None
 
-    async def run(self, name: str, fn: Callable[[Transaction], T]) -> T:
-        result = await super().run(name, fn)
+    async def run(self, name: str, fn: Callable[[Transaction], T], *, ahead: bool = False) -> T:
+        result = await super().run(name, fn, ahead=ahead)
         if self.hook is not None:
             await self.hook(name)
         return result
