@@ -253,7 +253,8 @@ async def test_a_sweep_reads_the_quarantine_outside_the_writers_turn(
         before = store.writer.stats.names.get("retention", 0)
         await store.retention.run_once()
         assert [number for number, _ in store.db.scan(QUARANTINE)] == [3, 4, 5, 6]
-        assert store.writer.stats.names["retention"] - before == 1 + 3 + 1  # events, frames one by one, the end
+        # the events, the frames one by one, the end
+        assert store.writer.stats.names["retention"] - before == 1 + 3 + 1
 
 
 # ---- wipes
