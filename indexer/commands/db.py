@@ -196,9 +196,8 @@ def check(place: Place, did: str | None, repair: bool, raw: bool) -> None:
 
 def _checked(place: Place, db: Database, did: str | None, tell: Tell) -> Report:
     report = check_store(db, did, progress=lambda done, total: tell("checking", done, total))
-    if (place.data_dir / "cas").is_dir():
-        tell("checking archived files", 0, 0)
-        report.problems.extend(check_archives(db, FsBlobStore(place.data_dir / "cas"), did))
+    tell("checking archived files", 0, 0)
+    report.problems.extend(check_archives(db, FsBlobStore(place.data_dir / "cas"), did))
     return report
 
 

@@ -120,9 +120,9 @@ def _head(db: Database) -> tuple[EventId, int]:
 
 
 def restore(source: FilePath, data_dir: FilePath, *, progress: Progress = _silent) -> Restored:
-    """Make ``data_dir`` of a backup, which stays as it is. Raises `StoreError` when it is not empty."""
-    if not (source / MANIFEST).is_file():
-        raise StoreError(f"{source} is no backup: it has no {MANIFEST}")
+    """Make ``data_dir`` of a backup, which stays as it is. Raises `StoreError` when it is not empty, and
+    `StoreCorrupt` when the backup does not hold what its manifest says."""
+    said = _manifest(source)
     part = data_dir / f"restore{_PART}"
     with _translated(f"restoring into {data_dir}"):
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,8 @@ def restore(source: FilePath, data_dir: FilePath, *, progress: Progress = _silen
         part.mkdir()
         db_bytes = _copy_tree(source / "db", part / "db", "database", progress)
         cas_bytes = _copy_tree(source / "cas", part / "cas", "files", progress)
-        head, following = _move_ids(part / "db")
+        head, following, written = _move_ids(part / "db")
+        _compare(source, said, said._replace(format=written, db_bytes=db_bytes, cas_bytes=cas_bytes))
         if (part / "cas").exists():
             (part / "cas").rename(data_dir / "cas")
         (part / "db").rename(data_dir / "db")
@@ -141,10 +142,37 @@ def restore(source: FilePath, data_dir: FilePath, *, progress: Progress = _silen
     return Restored(head, following, db_bytes, cas_bytes)
 
 
-def _move_ids(path: FilePath) -> tuple[EventId, EventId]:
-    """Lets event ids go on above all that may have been given out since, over an announced hole."""
+def _manifest(source: FilePath) -> Backup:
+    try:
+        fields = json.loads((source / MANIFEST).read_text())
+    except FileNotFoundError as error:
+        raise StoreError(f"{source} is no backup: it has no {MANIFEST}") from error
+    except (OSError, ValueError) as error:
+        raise StoreCorrupt(f"{source / MANIFEST} cannot be read: {error}") from error
+    try:
+        said = Backup(**fields)
+    except TypeError as error:
+        raise StoreCorrupt(f"{source / MANIFEST} is no manifest of a backup: {error}") from error
+    if not all(isinstance(value, int) for value in said[1:]):
+        raise StoreCorrupt(f"{source / MANIFEST} is no manifest of a backup: a number is not one")
+    return said
+
+
+def _compare(source: FilePath, said: Backup, found: Backup) -> None:
+    for name in ("format", "db_bytes", "cas_bytes"):
+        theirs, ours = getattr(said, name), getattr(found, name)
+        if theirs != ours:
+            raise StoreCorrupt(
+                f"{source}: the backup is damaged or was changed: {name} is {ours}, {MANIFEST} says {theirs}"
+            )
+
+
+def _move_ids(path: FilePath) -> tuple[EventId, EventId, int]:
+    """Lets event ids go on above all that may have been given out since, over an announced hole. Returns
+    the next id, before and now, and the format."""
     with Database.open_unchecked(path, memory_mib=32) as db:
-        if format_version(db) is None:
+        version = format_version(db)
+        if version is None:
             raise StoreCorrupt(f"{path}: the backup has no format version (cursors: format)")
         head, time_us = _head(db)
         following = head + RESTORE_IDS
@@ -156,7 +184,7 @@ def _move_ids(path: FilePath) -> tuple[EventId, EventId]:
         }
         changes = [(CURSORS.name, name.encode(), pack(value)) for name, value in rows.items()]
         RawRows(db).commit(changes, sync=True)
-        return head, following
+        return head, following, version.written
 
 
 # ---- files

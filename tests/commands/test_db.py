@@ -109,6 +109,9 @@ def test_damaged_archives_are_found(data: Path, capsys: Output) -> None:
             await store.do(lambda tx: tx.hold_archive(ALICE, b"d" * 32, ArchiveRow("3ka", 1, 9), 1))
 
     asyncio.run(archive())
+    assert not (data / "cas").exists()  # lost as a whole
+    assert call("db", "check", "--data-dir", data) == 1
+    assert f"the CAR of {ALICE} at 3ka has no file" in capsys.readouterr().out
     (data / "cas").mkdir()
     assert call("db", "check", "--data-dir", data) == 1
     assert f"the CAR of {ALICE} at 3ka has no file" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from indexer.cas import FsBlobStore
-from indexer.errors import StoreError, StoreLocked, StoreVersion
+from indexer.errors import StoreCorrupt, StoreError, StoreLocked, StoreVersion
 from indexer.store import backup as module
 from indexer.store.backup import MANIFEST, RESTORE_IDS, backup, restore
 from indexer.store.check import check
@@ -169,6 +169,30 @@ async def test_a_backup_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreVersion):
         restore(folder, tmp_path / "again")
     assert not (tmp_path / "again" / "db").exists()
+
+
+@pytest.mark.parametrize("name", ["format", "db_bytes", "cas_bytes"])
+async def test_a_backup_that_is_not_what_its_manifest_says_is_refused(tmp_path: Path, name: str) -> None:
+    FsBlobStore(tmp_path / "data" / "cas").put(b"a car")
+    folder = await made(tmp_path)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if name == "cas_bytes":
+        for file in (folder / "cas").rglob("*"):
+            if file.is_file():
+                file.unlink()
+    else:
+        (folder / MANIFEST).write_text(json.dumps({**manifest, name: manifest[name] + 1}))
+    with pytest.raises(StoreCorrupt, match=f"damaged or was changed: {name} is"):
+        restore(folder, tmp_path / "again")
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["restore.part"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "7"])
+async def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    folder = await made(tmp_path)
+    (folder / MANIFEST).write_text(text)
+    with pytest.raises(StoreCorrupt, match="manifest of a backup|cannot be read"):
+        restore(folder, tmp_path / "again")
 
 
 async def test_the_clock_of_the_log_goes_on(tmp_path: Path) -> None:
