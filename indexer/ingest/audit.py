@@ -42,7 +42,7 @@ class Audit(NamedTuple):
     message: str
     rev: str
     data: str  # the root that the commit was signed with, by the row
-    rebuilt: str
+    rebuilt: str  # empty when no tree can be made of the rows
     signature: Signature
     records: int
 
@@ -54,8 +54,9 @@ async def audit(db: Database, pool: Pool, did: Did, *, max_records: int) -> Audi
         row = _auditable(snapshot.repo(did), did)
         paths, links = await _listing(snapshot, did, max_records)
     finding = await pool.run(inspect, did, row, "\n".join(paths), b"".join(links))
+    rebuilt = format_cid(finding.root) if finding.root else ""
     return Audit(
-        did, finding.outcome, finding.message, row.rev, format_cid(row.data), format_cid(finding.root),
+        did, finding.outcome, finding.message, row.rev, format_cid(row.data), rebuilt,
         finding.signature, len(paths),
     )  # fmt: skip
 

@@ -27,14 +27,17 @@ class Finding(NamedTuple):
     outcome: Outcome
     message: str
     signature: Signature
-    root: Cid  # rebuilt
+    root: Cid  # rebuilt; b"" when no tree can be made of the rows
 
 
 def inspect(did: Did, row: RepoRow, paths: str, links: bytes) -> Finding:
     """Judge a repository of ``paths`` (one a line) and their CIDs (one after another)."""
     keys = paths.split("\n") if paths else []
     cids = (links[start : start + CID_BYTES] for start in range(0, len(links), CID_BYTES))
-    root = mst.build(zip(keys, cids, strict=True)).root
+    try:
+        root = mst.build(zip(keys, cids, strict=True)).root
+    except (BadInput, ValueError) as error:  # a path that is none, or with a line break in it
+        return Finding("tree", f"the index holds what no tree can: {error}", "unchecked", b"")
     try:
         commit = decode_commit(row.commit)
         _check_commit(commit, did, row)

@@ -17,6 +17,8 @@ from indexer.ingest.audit import Auditor, audit
 from indexer.pool import Pool
 from indexer.repo.walker import load_repo
 from indexer.store.codecs import NEW_REPO, OVERSIZE, SyncState
+from indexer.store.keyspaces import RECORDS
+from indexer.store.raw import RawRows
 from indexer.store.transaction import Transaction
 from tests.commands.real_repos import repo_file, truth_of
 from tests.store.support import ALICE, BOB, SYNCED, Store, cid_of, opened, settings_of
@@ -163,6 +165,22 @@ async def test_a_mismatch_is_counted_and_loud(tmp_path: Path) -> None:
         (line,) = [line for line in logs if line["event"] == "audit_mismatch"]
         assert (line["log_level"], line["did"], line["outcome"]) == ("error", did, "tree")
         store.assert_clean()  # tallies are no exact totals
+
+
+@pytest.mark.parametrize("path", ["app.bsky.feed.post", "app.bsky.feed.post/a b", "a.b.c/x\ny"])
+async def test_a_row_that_no_tree_can_hold_is_counted_and_loud(tmp_path: Path, path: str) -> None:
+    async with loaded(tmp_path) as (store, did):
+        (_, row), *_ = store.db.records(did, limit=1)
+        changes = [(RECORDS.name, RECORDS.key.encode((did, path)), RECORDS.value.encode(row))]
+        RawRows(store.db).commit(changes)
+        auditor = Auditor(store.db, store.writer, Pool(0), settings_of())
+        with structlog.testing.capture_logs() as logs:
+            found = await auditor.run_once()
+        assert found is not None
+        assert (found.outcome, found.rebuilt, found.signature) == ("tree", "", "unchecked")
+        assert "no tree can" in found.message
+        assert store.db.count("audit/tree") == 1
+        assert [line["log_level"] for line in logs if line["event"] == "audit_mismatch"] == ["error"]
 
 
 async def test_with_nothing_to_audit_it_rests(tmp_path: Path) -> None:
