@@ -69,7 +69,8 @@ async def test_a_daemon_goes_on_from_a_backup_taken_during_ingest(tmp_path: Path
             lost = daemon.writer.head
             assert before <= made["head"] < lost
         restored = await asyncio.to_thread(restore, tmp_path / "copy", tmp_path / "again")
-        assert (restored.head, restored.next) == (made["head"], made["head"] + RESTORE_IDS)
+        assert restored.head == made["head"]
+        assert restored.next >= made["head"] + RESTORE_IDS
         with Database.open(tmp_path / "again" / "db") as db:
             assert check(db).problems == []
         async with Daemon(_settings(tmp_path / "again", network)) as daemon:

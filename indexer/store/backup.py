@@ -2,8 +2,9 @@
 
 A backup is a folder: ``db/`` (a RocksDB checkpoint), ``cas/`` (hard links or copies; files there never
 change), ``backup.json`` (written last). It appears under its name whole or not at all. A restored database
-gives out event ids 2^32 above those of the backup, because the ids in between may have been given out
-after it was made; readers are told of the hole. Everything blocks; any thread, beside a running writer.
+gives out event ids above those of the backup, 2^32 and as much again for every minute since, because the
+ids in between may have been given out after it was made, also by an earlier restore of it; readers are
+told of the hole. Everything blocks; any thread, beside a running writer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Final, NamedTuple, TypeAlias
 
-from indexer.atproto.types import EventId
+from indexer.atproto.types import EventId, Micros
 from indexer.errors import StoreCorrupt, StoreError, StoreFull
 from indexer.store import keyspaces
 from indexer.store.codecs import pack
@@ -29,7 +30,10 @@ from indexer.store.raw import RawRows
 #: Called with what is being copied, the bytes done and the bytes in all.
 Progress: TypeAlias = Callable[[str, int, int], None]
 
+#: Ids left out by a restore, and again for every minute that the backup is old.
 RESTORE_IDS: Final = 2**32
+_MINUTE_US: Final = 60_000_000
+_IDS: Final = 2**53  # readers in JavaScript know no more
 MANIFEST: Final = "backup.json"
 _PART: Final = ".part"
 _STAGING: Final = ".checkpoint-"
@@ -109,9 +113,7 @@ def _describe(part: FilePath, target: FilePath, db_bytes: int, cas_bytes: int) -
         version = format_version(copy)
         if version is None:
             raise StoreCorrupt(f"{part}: the database has no format version (cursors: format)")
-        return Backup(
-            str(target), time.time_ns() // 1000, version.written, _head(copy)[0], db_bytes, cas_bytes
-        )
+        return Backup(str(target), _now_us(), version.written, _head(copy)[0], db_bytes, cas_bytes)
 
 
 def _head(db: Database) -> tuple[EventId, int]:
@@ -119,10 +121,21 @@ def _head(db: Database) -> tuple[EventId, int]:
     return (1, 0) if stored is None else (stored[0], stored[1])
 
 
-def restore(source: FilePath, data_dir: FilePath, *, progress: Progress = _silent) -> Restored:
-    """Make ``data_dir`` of a backup, which stays as it is. Raises `StoreError` when it is not empty, and
-    `StoreCorrupt` when the backup does not hold what its manifest says."""
+def _now_us() -> Micros:
+    return time.time_ns() // 1000
+
+
+def restore(
+    source: FilePath,
+    data_dir: FilePath,
+    *,
+    progress: Progress = _silent,
+    clock: Callable[[], Micros] = _now_us,
+) -> Restored:
+    """Make ``data_dir`` of a backup, which stays as it is. Raises `StoreError` when it is not empty or the
+    clock is before the backup, and `StoreCorrupt` when the backup does not hold what its manifest says."""
     said = _manifest(source)
+    skipped = _skipped(source, clock() - said.time_us)
     part = data_dir / f"restore{_PART}"
     with _translated(f"restoring into {data_dir}"):
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -132,7 +145,7 @@ def restore(source: FilePath, data_dir: FilePath, *, progress: Progress = _silen
         part.mkdir()
         db_bytes = _copy_tree(source / "db", part / "db", "database", progress)
         cas_bytes = _copy_tree(source / "cas", part / "cas", "files", progress)
-        head, following, written = _move_ids(part / "db")
+        head, following, written = _move_ids(part / "db", skipped)
         _compare(source, said, said._replace(format=written, db_bytes=db_bytes, cas_bytes=cas_bytes))
         if (part / "cas").exists():
             (part / "cas").rename(data_dir / "cas")
@@ -167,7 +180,14 @@ def _compare(source: FilePath, said: Backup, found: Backup) -> None:
             )
 
 
-def _move_ids(path: FilePath) -> tuple[EventId, EventId, int]:
+def _skipped(source: FilePath, age_us: int) -> int:
+    """The ids to leave out: others for every restore of the backup, as long as a minute lies between."""
+    if age_us < 0:
+        raise StoreError(f"{source}: the clock is before the backup's time; set the clock, then try again")
+    return RESTORE_IDS * (1 + age_us // _MINUTE_US)
+
+
+def _move_ids(path: FilePath, skipped: int) -> tuple[EventId, EventId, int]:
     """Lets event ids go on above all that may have been given out since, over an announced hole. Returns
     the next id, before and now, and the format."""
     with Database.open_unchecked(path, memory_mib=32) as db:
@@ -175,7 +195,9 @@ def _move_ids(path: FilePath) -> tuple[EventId, EventId, int]:
         if version is None:
             raise StoreCorrupt(f"{path}: the backup has no format version (cursors: format)")
         head, time_us = _head(db)
-        following = head + RESTORE_IDS
+        following = head + skipped
+        if following >= _IDS:
+            raise StoreError(f"{path}: event ids would go on at {following}, and none may reach 2^53")
         rows = {
             keyspaces.HEAD: [following, time_us],
             f"{keyspaces.HOLE}{head}": following,

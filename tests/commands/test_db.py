@@ -121,7 +121,7 @@ def test_backup_and_restore_of_a_data_directory(data: Path, tmp_path: Path, caps
     assert call("db", "backup", tmp_path / "copy", "--data-dir", data) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'copy'}: ")
     assert call("db", "restore", tmp_path / "copy", "--data-dir", tmp_path / "again", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["next"] == 4 + 2**32
+    assert json.loads(capsys.readouterr().out)["next"] >= 4 + 2**32
     assert call("db", "check", "--data-dir", tmp_path / "again") == 0
     assert call("db", "restore", tmp_path / "copy", "--data-dir", tmp_path / "again") == 1
     assert call("db", "backup", tmp_path / "copy", "--data-dir", data) == 1

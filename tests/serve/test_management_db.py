@@ -145,12 +145,13 @@ async def test_a_stream_over_a_restore_goes_on_and_tells_of_the_hole(tmp_path: P
         await fill(node, ALICE, [f"{POST}/a", f"{POST}/b"])
         backups.backup(node.services.db, tmp_path / "copy")
         await fill(node, ALICE, [f"{POST}/c"])  # event 3, lost with the old machine
-    backups.restore(tmp_path / "copy", tmp_path / "again")
+    restored = backups.restore(tmp_path / "copy", tmp_path / "again")
+    assert restored.next >= 3 + backups.RESTORE_IDS
     async with running(tmp_path / "again") as node:
         await node.writer.run("test", lambda tx: put(tx, ALICE, f"{POST}/new"))
         for cursor in (3, 4):  # readers that had, or had not, seen the lost event
             url = f"{node.public.url}/stream?cursor={cursor}"
             async with node.http.ws_connect(url) as socket:
                 notice, event = await messages(socket, 2)
-            assert (notice["type"], notice["name"], notice["id"]) == ("info", "Skipped", 3 + 2**32)
-            assert (event["id"], event["record"]["rkey"]) == (3 + 2**32, "new")
+            assert (notice["type"], notice["name"], notice["id"]) == ("info", "Skipped", restored.next)
+            assert (event["id"], event["record"]["rkey"]) == (restored.next, "new")
