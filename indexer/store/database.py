@@ -27,6 +27,7 @@ from indexer.store.keyspaces import (
     CURSORS,
     KEYSPACES,
     REPOS,
+    UNDER_WAY,
     Keyspace,
 )
 from indexer.store.reads import Reads, Snapshot, decode, scan_keys, scan_rows
@@ -114,6 +115,11 @@ class Database(Reads):
             if not read_only:
                 self._found()
             return
+        if self.raw_get(CURSORS.name, UNDER_WAY.encode()) is not None:
+            raise StoreVersion(
+                f"{self.path}: a migration of the database is under way; run `indexer db migrate`, "
+                "which goes on where it was"
+            )
         if version.written < FORMAT:
             raise StoreVersion(
                 f"{self.path}: the database has format {version.written}, this program needs {FORMAT}; "
@@ -307,8 +313,8 @@ def format_version(db: Database) -> FormatVersion | None:
         raise StoreCorrupt(f"{db.path}: malformed format version {version!r} (cursors: format)")
     if version[1] > FORMAT:
         raise StoreVersion(
-            f"{db.path}: the database has format {version[0]} and this program reads up to {FORMAT}; "
-            "use a newer program"
+            f"{db.path}: the database has format {version[0]}, for programs that read format {version[1]}, "
+            f"and this one reads up to {FORMAT}; use a newer program"
         )
     return FormatVersion(*version)
 

@@ -136,6 +136,7 @@ KEYSPACES: Final[dict[str, Keyspace[Any, Any]]] = {
 # ---- names in `cursors` that the store keeps for itself; upstream cursors have names of their own
 
 FORMAT_VERSION: Final = "format"  # [version, oldest format that may read it]
+UNDER_WAY: Final = "migration"  # of a migration: [the format that it makes, position, rows handled]
 MODE: Final = "mode"
 HEAD: Final = "head"  # [next event id, time_us of the last event]
 FLOOR: Final = "floor"  # the first retained event id

@@ -2,7 +2,9 @@
 
 The steps themselves are in `migrations/` (`indexer.migrations`), numbered by the format that each one makes,
 with codecs of their own. A step yields batches; each is committed with the position to go on from, the last
-one with the new version. Runs offline, blocking; the database's lock is held.
+one with the new version. Until then no program opens the database: not this one, because of the position,
+nor an older one, because from the first batch on it may only be read by programs of the new version.
+Runs offline, blocking; the database's lock is held.
 """
 
 from __future__ import annotations
@@ -11,18 +13,16 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from indexer.errors import StoreCorrupt
 from indexer.store.codecs import pack, unpack
 from indexer.store.database import FORMAT, Database, format_version
-from indexer.store.keyspaces import CURSORS, FORMAT_VERSION
+from indexer.store.keyspaces import CURSORS, FORMAT_VERSION, UNDER_WAY
 from indexer.store.raw import Change, RawRows
 
 #: Called with a step's title, the rows handled so far and about how many there are.
 Progress: TypeAlias = Callable[[str, int, int], None]
-#: The cursor that holds a step under way: [the format that it makes, position, rows handled].
-UNDER_WAY: Final = "migration"
 
 
 class Batch(NamedTuple):
@@ -123,7 +123,10 @@ def _resumed(rows: RawRows, step: Migration) -> tuple[Any, int]:
 def _marks(step: Migration, batch: Batch, done: int) -> list[Change]:
     name = CURSORS.name
     if batch.position is not None:
-        return [(name, UNDER_WAY.encode(), pack([step.to, batch.position, done]))]
+        return [
+            (name, UNDER_WAY.encode(), pack([step.to, batch.position, done])),
+            (name, FORMAT_VERSION.encode(), pack([step.to - 1, step.to])),
+        ]
     return [
         (name, UNDER_WAY.encode(), None),
         (name, FORMAT_VERSION.encode(), pack([step.to, step.oldest_reader])),

@@ -14,8 +14,8 @@ from indexer.errors import StoreCorrupt, StoreVersion
 from indexer.store.check import check
 from indexer.store.codecs import Mode, pack
 from indexer.store.database import FORMAT, Database
-from indexer.store.keyspaces import BLOCK_REFS, BLOCKS, CURSORS, EVENTS, GC_QUEUE, RECORDS
-from indexer.store.migration import UNDER_WAY, Migrated, migrate
+from indexer.store.keyspaces import BLOCK_REFS, BLOCKS, CURSORS, EVENTS, GC_QUEUE, RECORDS, UNDER_WAY
+from indexer.store.migration import Migrated, migrate
 from tests.migrations.make_v0 import CAROL
 from tests.migrations.rows import dump, load
 from tests.paths import ROOT
@@ -115,8 +115,9 @@ def test_killed_it_goes_on_where_it_was(old: Path, point: str, passes: int) -> N
     assert _killed(old, point, passes) == -signal.SIGKILL
     with Database.open_unchecked(old) as db:
         position = db.get(CURSORS, UNDER_WAY)
+        assert db.get(CURSORS, "format") == [0, 1]
     assert position is not None
-    with pytest.raises(StoreVersion):
+    with pytest.raises(StoreVersion, match="under way; run `indexer db migrate`"):
         Database.open(old)
     resumed = migrate(old)
     assert resumed.handled + position[2] == _whole(old)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from indexer.errors import StoreVersion
+from indexer.store import database
 from indexer.store.codecs import pack, unpack
 from indexer.store.database import FORMAT, Database, format_version
-from indexer.store.keyspaces import COUNTS, CURSORS
-from indexer.store.migration import UNDER_WAY, Batch, Migrated, Migration, known_steps, migrate
+from indexer.store.keyspaces import COUNTS, CURSORS, UNDER_WAY
+from indexer.store.migration import Batch, Migrated, Migration, known_steps, migrate
 from indexer.store.raw import RawRows
 
 COUNT = COUNTS.name
@@ -93,6 +95,26 @@ def test_a_batch_its_position_and_the_version_are_one(
     assert stored(old) == left
     migrate(old, steps=[counting(FORMAT)])
     assert stored(old) == (FORMAT, 3, None)
+
+
+def test_half_migrated_it_is_opened_by_no_program(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(name: str) -> None:
+        if name.startswith("after"):
+            raise Stop
+
+    with pytest.raises(Stop):
+        migrate(old, steps=[counting(FORMAT)], crash_point=crash)
+    with Database.open_unchecked(old) as db:
+        assert format_version(db) == (FORMAT - 1, FORMAT)
+    with pytest.raises(StoreVersion, match="under way; run `indexer db migrate`"):
+        Database.open(old)
+    with monkeypatch.context() as older:
+        older.setattr(database, "FORMAT", FORMAT - 1)
+        with pytest.raises(StoreVersion, match="use a newer program"):
+            Database.open(old)
+    migrate(old, steps=[counting(FORMAT)])
+    with Database.open(old) as db:
+        assert format_version(db) == (FORMAT, 1)
 
 
 def test_a_step_without_a_last_batch_is_a_fault(old: Path) -> None:
