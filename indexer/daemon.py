@@ -170,7 +170,9 @@ class Daemon:
                 if not self._stop_by:
                     raise IndexerError(f"the part {name} ended by itself")
             except Exception as error:
-                log.error("part_failed", part=name, error=str(error), exc_info=not _ours(error))
+                log.error(
+                    "part_failed", part=name, error=str(error), exc_info=not isinstance(error, IndexerError)
+                )
                 if not self._failed.done():
                     self._failed.set_exception(error)
 
@@ -212,7 +214,3 @@ class Daemon:
         await asyncio.wait([self._failed], timeout=timeout)
         if self._failed.done():
             await self._failed
-
-
-def _ours(error: BaseException) -> bool:
-    return isinstance(error, IndexerError)

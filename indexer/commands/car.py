@@ -123,6 +123,13 @@ def _signer(key: str | None, document: Path | None) -> Signer | None:
     return signer_of_document(document.read_bytes()) if document is not None else None
 
 
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(orjson.dumps(result))
+    else:
+        _print_table(result)
+
+
 def _print_table(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, dict):
@@ -155,11 +162,7 @@ def car() -> None:
 @_json
 def verify(file: Path, key: str | None, document: Path | None, as_json: bool) -> None:
     """Check block hashes, tree, completeness and, given a key, the signature."""
-    result = verify_car(_read(file), _signer(key, document))
-    if as_json:
-        click.echo(orjson.dumps(result))
-    else:
-        _print_table(result)
+    _print_result(verify_car(_read(file), _signer(key, document)), as_json)
 
 
 @car.command()
@@ -167,11 +170,7 @@ def verify(file: Path, key: str | None, document: Path | None, as_json: bool) ->
 @_json
 def inspect(file: Path, as_json: bool) -> None:
     """What is inside: roots, commit, counts, collections, shape of the tree, blocks that nothing needs."""
-    result = inspect_car(_read(file))
-    if as_json:
-        click.echo(orjson.dumps(result))
-    else:
-        _print_table(result)
+    _print_result(inspect_car(_read(file)), as_json)
 
 
 @car.command()
