@@ -16,7 +16,8 @@ _BASE = {"errors", "config", "logs"}
 ALLOWED = {
     "errors": set[str](),
     "setting_values": {"errors", "atproto"},
-    "config": {"errors", "setting_values"},
+    "setting_groups": {"setting_values"},
+    "config": {"errors", "setting_groups", "setting_values"},
     "logs": {"config"},
     "pool": _BASE,
     "atproto": {"errors"},

@@ -1,0 +1,231 @@
+"""The tables of the settings: each option's name, type, default, unit and help text, declared once.
+
+`indexer.config` joins them into `Settings` and reads them; the forms of values are `indexer.setting_values`.
+Values only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from indexer.setting_values import (
+    Bind,
+    Dids,
+    Duration,
+    Items,
+    Networks,
+    NsidPatterns,
+    Retention,
+    is_loopback,
+)
+
+
+class Section(BaseModel):
+    """A table of the TOML file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FilterSettings(Section):
+    mode: Literal["full", "filter"] = Field(
+        "filter", description="`full` follows every account that is seen; `filter` follows what is asked for"
+    )
+    signals: NsidPatterns = Field(
+        [], description="collections whose records make an unknown account wanted (`ns.*` allowed)"
+    )
+    collections: NsidPatterns = Field([], description="collections to keep; empty keeps all (`ns.*` allowed)")
+    excludes: Dids = Field([], description="DIDs never to be followed")
+
+
+class ListenerSettings(Section):
+    bind: Bind = Field("127.0.0.1:3000", description="address:port; port 0 picks a free one")
+    trusted_proxies: Networks = Field(
+        [], description="addresses or networks whose X-Forwarded-For is believed"
+    )
+    max_connections: int = Field(4000, ge=1, description="open connections in total")
+    max_connections_per_address: int = Field(
+        256, ge=1, description="open connections of one address; trusted proxies may have all"
+    )
+    header_timeout: Duration = Field(
+        10.0, gt=0, description="time for a new connection to send its first request's headers"
+    )
+    idle_timeout: Duration = Field(75.0, gt=0, description="how long a connection waits for its next request")
+    max_sockets: int = Field(2000, ge=1, description="WebSocket readers in total")
+    max_sockets_per_address: int = Field(100, ge=1, description="WebSocket readers of one address")
+    request_timeout: Duration = Field(30.0, gt=0, description="longest time a query may take")
+    answer_timeout: Duration = Field(3600.0, gt=0, description="longest time to read one streamed answer")
+    min_kib_per_s: float = Field(
+        64.0, ge=0, description="slowest mean rate at which a streamed answer may be read"
+    )
+
+
+class ManagementSettings(Section):
+    bind: Bind = Field("127.0.0.1:3001", description="address:port; other than loopback needs a token")
+    token: str = Field("", description="secret for `Authorization: Bearer` or Basic `admin:<token>`")
+
+    @model_validator(mode="after")
+    def _closed_or_secret(self) -> Self:
+        if not self.token and not is_loopback(self.bind):
+            raise ValueError(
+                f"management.bind is {self.bind}, which others can reach: "
+                "set management.token, or bind to 127.0.0.1"
+            )
+        return self
+
+
+class MetricsSettings(Section):
+    bind: Bind = Field("", description="an address:port of its own for /metrics; empty: only on management")
+
+
+class NetworkSettings(Section):
+    allow_private: bool = Field(
+        False, description="permit private, loopback and link-local addresses and http (local networks)"
+    )
+    connect_to: Items = Field(
+        [],
+        description="`host:port=address:port` overrides (curl --connect-to), for tests and local networks",
+    )
+    dns_server: Bind = Field("", description="address:port that handle lookups ask; empty: the system's")
+    connect_timeout: Duration = Field(5.0, gt=0, description="time to connect to a host")
+    timeout: Duration = Field(20.0, gt=0, description="time for one small request")
+
+
+class IdentitySettings(Section):
+    cache_entries: int = Field(250_000, ge=1, description="identities kept in memory")
+    ttl: Duration = Field(86400.0, description="how long a resolved identity is believed")
+    error_ttl: Duration = Field(120.0, description="how long a failed resolution is remembered")
+    max_body_kib: int = Field(64, ge=1, description="largest DID document")
+    concurrency: int = Field(32, ge=1, description="resolutions at one time")
+
+
+class PlcSettings(Section):
+    max_requests_per_s: float = Field(50.0, gt=0, description="requests a second to a PLC directory")
+
+
+class StoreSettings(Section):
+    blocks: bool = Field(True, description="keep record blocks; off is index-only mode")
+    quarantine_entries: int = Field(10_000, ge=1, description="refused frames kept for inspection")
+    quarantine_entry_kib: int = Field(64, ge=1, description="KiB of one refused frame that are kept")
+
+
+class DurabilitySettings(Section):
+    flush_interval: Duration = Field(1.0, description="longest loss after a power cut; 0 syncs every commit")
+
+
+class WriterSettings(Section):
+    group_ops: int = Field(5000, ge=1, description="operations that end a group commit")
+    group_kib: int = Field(4096, ge=1, description="KiB that end a group commit")
+    group_ms: float = Field(5.0, gt=0, description="milliseconds that end a group commit")
+    queue_units: int = Field(10_000, ge=1, description="units of work that may wait; callers wait beyond it")
+
+
+class EventsSettings(Section):
+    retention: Retention = Field(
+        None, description="how long events are kept: a duration or `forever` (ephemeral mode: 60m)"
+    )
+
+
+class GcSettings(Section):
+    checkpoint_interval: Duration = Field(300.0, gt=0, description="time between folds of the reference log")
+    checkpoint_rows: int = Field(100_000, ge=1, description="unfolded changes that bring the fold forward")
+    ttl_interval: Duration = Field(60.0, gt=0, description="time between watermarks and prunes")
+    blocks_interval: Duration = Field(60.0, gt=0, description="time between block collections")
+    step_rows: int = Field(2000, ge=1, description="rows handled in one step of a worker")
+    wipe_point_rows: int = Field(
+        20_000, ge=0, description="rows of a repository above which a wipe is by range"
+    )
+    compact_after: int = Field(100_000, ge=1, description="reclaimed blocks that bring a compaction")
+
+
+class EphemeralSettings(Section):
+    enabled: bool = Field(False, description="keep no records, only the log within its retention")
+
+
+class DiskSettings(Section):
+    soft_floor_mib: int = Field(2048, ge=0, description="free space below which backfill pauses")
+    hard_floor_mib: int = Field(512, ge=0, description="free space below which ingest stops")
+
+
+class IngestSettings(Section):
+    max_frame_bytes: int = Field(5_000_000, ge=65536, description="largest frame, in bytes")
+    batch_frames: int = Field(64, ge=1, description="frames handed to a verifier at once")
+    inflight_batches: int = Field(8, ge=1, description="batches under verification for a source")
+    inflight_mib: int = Field(64, ge=1, description="bytes of frames under verification for a source")
+    receive_timeout: Duration = Field(
+        60.0, gt=0, description="silence, pings included, after which a connection is dropped"
+    )
+    reconnect_max: Duration = Field(60.0, gt=0, description="longest wait between connection attempts")
+    buffer_frames_per_repo: int = Field(1000, ge=1, description="frames that wait for one repository")
+    buffer_kib_per_repo: int = Field(16384, ge=1, description="KiB that wait for one repository")
+    buffer_mib: int = Field(1024, ge=1, description="MiB of waiting frames in total")
+    max_future: Duration = Field(300.0, description="how far a rev may lie in the future")
+    first_sight_wait: Duration = Field(
+        5.0, description="how long a new account's first commit is awaited before its repository is fetched"
+    )
+    refresh_interval: Duration = Field(
+        10.0, description="shortest time between two questions about one account that bad frames cause"
+    )
+    work_repos: int = Field(100_000, ge=1, description="repositories with due work that are kept in memory")
+
+
+class BackfillSettings(Section):
+    concurrency: int = Field(8, ge=1, description="repositories fetched at one time")
+    per_host: int = Field(4, ge=1, description="fetches at one time from one host")
+    processes: int = Field(1, ge=0, le=64, description="processes that verify repositories and rebuild trees")
+    source: Literal["pds", "relay"] = Field("pds", description="where getRepo is asked first")
+    max_car_mib: int = Field(2048, ge=1, description="largest repository CAR")
+    max_nodes: int = Field(5_000_000, ge=1, description="most tree nodes and records of one repository")
+    inflight_mib: int = Field(256, ge=1, description="bytes of CARs fetched and not yet applied")
+    chunk_records: int = Field(1000, ge=1, description="records applied in one step")
+    timeout: Duration = Field(300.0, gt=0, description="time for one fetch")
+    min_kib_per_s: float = Field(8.0, ge=0, description="slowest fetch that is tolerated")
+    retry_min: Duration = Field(5.0, description="first wait after a failed fetch")
+    retry_max: Duration = Field(3600.0, description="longest wait after a failed fetch")
+    min_rev_tries: int = Field(5, ge=1, description="fetches below min_rev before one is taken marked")
+
+
+class ArchiveSettings(Section):
+    cars: bool = Field(False, description="keep the CAR of every repository that is fetched")
+    zstd_level: int = Field(
+        3, ge=1, le=22, description="zstd level of archived CARs; 19 saves a fifth and takes 200 times longer"
+    )
+    keep_per_repo: int = Field(1, ge=1, description="archived CARs kept of one repository, the newest ones")
+
+
+class AuditSettings(Section):
+    repos_per_minute: float = Field(4.0, ge=0, le=6000, description="repositories audited a minute; 0 is off")
+
+
+class XrpcSettings(Section):
+    rebuild_max_records: int = Field(
+        2_000_000, ge=1, description="largest repository whose tree is rebuilt for an answer"
+    )
+    tree_cache_mib: int = Field(64, ge=0, description="memory for rebuilt trees")
+    max_concurrent: int = Field(256, ge=1, description="expensive queries at one time")
+    max_concurrent_per_address: int = Field(
+        32, ge=1, description="expensive queries of one address at one time"
+    )
+
+
+class StreamSettings(Section):
+    batch_events: int = Field(256, ge=1, description="events encoded at once and shared by readers")
+    batch_kib: int = Field(512, ge=1, description="KiB of encoded events that end a batch early")
+    cache_mib: int = Field(32, ge=1, description="memory for encoded events")
+    send_buffer_kib: int = Field(1024, ge=64, description="bytes that may wait in one reader's socket")
+    ping_interval: Duration = Field(20.0, gt=0, description="time between pings")
+    slow_window: Duration = Field(60.0, gt=0, description="window in which a reader is judged slow")
+    slow_min_events_per_s: float = Field(10.0, ge=0, description="less than this, while far behind, is slow")
+    slow_lag_events: int = Field(100_000, ge=1, description="how far behind the head counts as far")
+    cursor_notice_interval: Duration = Field(
+        10.0, gt=0, description="time between notices to a filtered reader"
+    )
+    max_options_kib: int = Field(64, ge=1, description="largest message or filter that a reader may send")
+
+
+class LogSettings(Section):
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe level that is written"
+    )
+    format: Literal["console", "json"] = Field("console", description="form of the log lines")
