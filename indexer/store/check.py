@@ -248,9 +248,10 @@ class Recount:
                 counted[did, cid] += count
         position = self.reads.cursor(keyspaces.CHECKPOINT) or 0
         for _, changes in self.reads.scan(REFLOG, encode_u64(position)):
-            for did, epoch, cid, delta in changes:
+            for did, epoch, cids in changes:
                 if mine(did) and epoch == self.epochs.get(did, 0):
-                    counted[did, cid] += delta
+                    for cid, delta in cids.items():
+                        counted[did, cid] += delta
         return counted
 
     def _block(self, did: Did, cid: Cid) -> None:
@@ -267,8 +268,9 @@ class Recount:
         logged = {
             (did, cid)
             for _, changes in self.reads.scan(REFLOG, encode_u64(position))
-            for did, _, cid, _ in changes
+            for did, _, cids in changes
             if mine(did)
+            for cid in cids
         }
         for raw, _ in self.reads.raw_scan(BLOCKS.name, *self.bounds):
             key = BLOCKS.key.decode(raw)

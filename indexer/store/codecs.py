@@ -184,11 +184,12 @@ class ArchiveRow(NamedTuple):
     size: int
 
 
-class RefChange(NamedTuple):
+class RefChanges(NamedTuple):
+    """What one commit changed in the references of a life."""
+
     did: Did
     epoch: int
-    cid: Cid
-    delta: int
+    cids: dict[Cid, int]
 
 
 class Codec(NamedTuple, Generic[T]):
@@ -335,12 +336,12 @@ def encode_reflog(changes: Mapping[tuple[Did, int], Mapping[Cid, int]]) -> bytes
     return pack([(did, epoch, cids) for (did, epoch), cids in changes.items()])
 
 
-def decode_reflog(data: bytes) -> list[RefChange]:
-    return [
-        RefChange(did, epoch, cid, delta)
-        for did, epoch, cids in msgpack.unpackb(data, strict_map_key=False)
-        for cid, delta in cids.items()
-    ]
+def decode_reflog(data: bytes) -> list[RefChanges]:
+    found = [RefChanges._make(changes) for changes in msgpack.unpackb(data, strict_map_key=False)]
+    for changes in found:
+        if not isinstance(changes.cids, dict):
+            raise ValueError(f"{changes.cids!r} where the changes by CID belong")
+    return found
 
 
 def encode_quarantine(row: QuarantineRow) -> bytes:

@@ -19,7 +19,7 @@ from indexer.store.codecs import (
     FrameKind,
     QuarantineRow,
     RecordRow,
-    RefChange,
+    RefChanges,
     RepoRow,
 )
 
@@ -66,7 +66,7 @@ _FRAME: Final = Codec[tuple[Did, Rev, FrameKind, str]](codecs.encode_frame_key, 
 _REPO: Final = Codec[RepoRow](codecs.encode_repo, codecs.decode_repo)
 _RECORD: Final = Codec[RecordRow](codecs.encode_record, codecs.decode_record)
 _WORD: Final = Codec[tuple[AccountStatus, bool, int, Micros]](codecs.encode_word_value, codecs.decode_word)
-_CHANGES: Final = Codec[list[RefChange]](_read_only, codecs.decode_reflog)
+_CHANGES: Final = Codec[list[RefChanges]](_read_only, codecs.decode_reflog)
 _ARCHIVE: Final = Codec[ArchiveRow](codecs.encode_archive, codecs.decode_archive)
 _WAITING: Final = Codec[tuple[int, bytes]](codecs.encode_waiting, codecs.decode_waiting)
 _QUARANTINE: Final = Codec[QuarantineRow](codecs.encode_quarantine, codecs.decode_quarantine)
@@ -97,7 +97,7 @@ BLOCK_REFS: Final[Keyspace[tuple[Did, Cid], int]] = Keyspace(
     Tuning(8, bloom=True, collected=True, zstd_dictionary=True, weight=2),
     _show_cid,
 )
-REFLOG: Final[Keyspace[int, list[RefChange]]] = Keyspace(
+REFLOG: Final[Keyspace[int, list[RefChanges]]] = Keyspace(
     "reflog", _U64, _CHANGES, Tuning(16, collected=True, weight=2)
 )
 GC_QUEUE: Final[Keyspace[tuple[Did, Cid], None]] = Keyspace(

@@ -107,10 +107,11 @@ class CheckpointWorker(Worker):
         sums: dict[Life, dict[Cid, int]] = {}
         changes, stop = 0, position
         for row, entries in self._db.scan(REFLOG, encode_u64(position), encode_u64(target)):
-            for did, epoch, cid, delta in entries:
+            for did, epoch, deltas in entries:
                 cids = sums.setdefault((did, epoch), {})
-                cids[cid] = cids.get(cid, 0) + delta
-            changes += len(entries)
+                for cid, delta in deltas.items():
+                    cids[cid] = cids.get(cid, 0) + delta
+                changes += len(deltas)
             stop = row + 1
             if changes >= self._pace.rows:
                 return FoldPlan(position, stop, changes, sums)

@@ -40,10 +40,10 @@ class References:
         self.position = self.next_row = position
         for row, changes in db.scan(REFLOG, encode_u64(position)):
             self.next_row = row + 1
-            self.unfolded += len(changes)
-            for did, epoch, cid, delta in changes:
+            for did, epoch, cids in changes:
+                self.unfolded += len(cids)
                 if not wipes.stale(did, epoch):
-                    self._add((did, epoch), cid, delta)
+                    self._add_all((did, epoch), cids)
         self.ready = True
 
     def pending(self, did: Did, epoch: int, cid: Cid) -> int:
@@ -53,12 +53,7 @@ class References:
     def merge(self, changes: Mapping[Life, Mapping[Cid, int]]) -> None:
         """Take in the changes of a commit, which wrote them as the row ``next_row``."""
         for life, cids in changes.items():
-            mine = self.overlay.setdefault(life, {})
-            if mine.keys().isdisjoint(cids) and 0 not in cids.values():
-                mine.update(cids)  # a fetched repository
-            else:
-                for cid, delta in cids.items():
-                    self._add(life, cid, delta)
+            self._add_all(life, cids)
             self.unfolded += len(cids)
         self.next_row += 1
 
@@ -70,6 +65,17 @@ class References:
     def drop(self, life: Life) -> None:
         """Forget a life that ended."""
         self.overlay.pop(life, None)
+
+    def _add_all(self, life: Life, cids: Mapping[Cid, int]) -> None:
+        mine = self.overlay.get(life)
+        if 0 not in cids.values() and (mine is None or mine.keys().isdisjoint(cids)):
+            if mine is None:
+                self.overlay[life] = dict(cids)
+            else:
+                mine.update(cids)
+        else:
+            for cid, delta in cids.items():
+                self._add(life, cid, delta)
 
     def _add(self, life: Life, cid: Cid, delta: int) -> None:
         cids = self.overlay.get(life)

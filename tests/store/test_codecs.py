@@ -92,7 +92,7 @@ def test_events_round_trip(
 def test_reference_changes_round_trip() -> None:
     raw = codecs.encode_reflog({("did:a", 0): {b"x" * 36: 2, b"y" * 36: 0}, ("did:a", 1): {b"x" * 36: -1}})
     assert codecs.decode_reflog(raw) == [
-        ("did:a", 0, b"x" * 36, 2), ("did:a", 0, b"y" * 36, 0), ("did:a", 1, b"x" * 36, -1),
+        ("did:a", 0, {b"x" * 36: 2, b"y" * 36: 0}), ("did:a", 1, {b"x" * 36: -1}),
     ]  # fmt: skip
 
 

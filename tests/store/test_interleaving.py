@@ -211,7 +211,7 @@ async def test_a_wipe_between_plan_and_prune_is_left_out(tmp_path: Path) -> None
         await store.put(ALICE, POST, "one")
         await store.writer.run("retention", lambda tx: prune(plan, [], tx))
         changes = [change for _, row in store.db.scan(REFLOG) for change in row]
-        assert [(epoch, delta) for _, epoch, _, delta in changes] == [(0, 2), (1, 2)]
+        assert [(epoch, list(cids.values())) for _, epoch, cids in changes] == [(0, [2]), (1, [2])]
         assert_memory_is_as_reloaded(store)
 
 
