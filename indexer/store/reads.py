@@ -195,6 +195,7 @@ class Snapshot(Reads):
                 break
             rows.append((key, cursor.value()))
             cursor.next()
+        _expect_intact(cursor)
         return rows
 
     @staticmethod
@@ -212,6 +213,7 @@ class Snapshot(Reads):
                 break
             rows.append((key, cursor.value()))
             cursor.prev()
+        _expect_intact(cursor)
         return rows
 
     def close(self) -> None:
@@ -227,26 +229,49 @@ class Snapshot(Reads):
         self.close()
 
 
-def scan_keys(source: Any, start: bytes, stop: bytes) -> Iterator[bytes]:
-    options = rocksdict.ReadOptions()
-    options.set_iterate_upper_bound(stop)
+def _expect_intact(cursor: Any) -> None:
+    """Raises what ended a walk before its end, if anything did."""
     with rocks.translated("reading"):
-        yield from source.keys(from_key=start, read_opt=options)
+        cursor.status()
+
+
+def scan_keys(source: Any, start: bytes, stop: bytes) -> Iterator[bytes]:
+    with rocks.translated("reading"):
+        cursor = _cursor(source, stop)
+        cursor.seek(start)
+        while cursor.valid():
+            yield cursor.key()
+            cursor.next()
+        cursor.status()
 
 
 def scan_rows(
     source: Any, start: bytes | None, stop: bytes | None, reverse: bool
 ) -> Iterator[tuple[bytes, bytes]]:
+    """Rows in order, by the cursor itself: rocksdict's own `items` ends at a damaged block as if at the
+    last row, and keeps the error to itself."""
+    with rocks.translated("reading"):
+        cursor = _cursor(source, stop)
+        if reverse:
+            cursor.seek_to_last()  # just before the upper bound
+        elif start is None:
+            cursor.seek_to_first()
+        else:
+            cursor.seek(start)
+        move = cursor.prev if reverse else cursor.next
+        while cursor.valid():
+            key = cursor.key()
+            # rocksdict 0.3.29 sets the upper bound when asked for a lower one, hence the comparison.
+            if reverse and start is not None and key < start:
+                return
+            yield key, cursor.value()
+            move()
+        cursor.status()
+
+
+def _cursor(source: Any, stop: bytes | None) -> Any:
+    """An iterator that ends before ``stop``, or at an error, which its `status` then raises."""
     options = rocksdict.ReadOptions()
     if stop is not None:
         options.set_iterate_upper_bound(stop)
-    with rocks.translated("reading"):
-        if not reverse:
-            yield from source.items(from_key=start, read_opt=options)
-            return
-        # Without a position a reverse scan begins just before the upper bound. rocksdict 0.3.29
-        # sets the upper bound when asked for a lower one, hence the comparison.
-        for key, value in source.items(backwards=True, read_opt=options):
-            if start is not None and key < start:
-                return
-            yield key, value
+    return source.iter(options)

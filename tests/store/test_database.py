@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,30 @@ def test_scans_go_both_ways_within_bounds(tmp_path: Path) -> None:
         assert names(b"b", None, reverse=True, limit=99) == "dcb"
         assert names(b"b", b"d", limit=1) == "b"
         assert names(b"b", b"d", limit=0) == ""
+
+
+@pytest.mark.parametrize("how", ["rows", "backwards", "keys", "snapshot", "snapshot backwards"])
+def test_a_scan_that_meets_a_damaged_block_does_not_pass_for_the_end(tmp_path: Path, how: str) -> None:
+    with Database.open(tmp_path / "db") as db:
+        family = db.family("blocks")
+        for number in range(2000):
+            family[b"%06d" % number] = os.urandom(100)
+        family.flush(True)
+    largest = max((tmp_path / "db").glob("*.sst"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with Database.open(tmp_path / "db") as db, db.snapshot() as snapshot:
+        rows: dict[str, Callable[[], Iterator[object]]] = {
+            "rows": lambda: db.raw_scan("blocks", None, None),
+            "backwards": lambda: db.raw_scan("blocks", None, None, reverse=True),
+            "keys": lambda: db.raw_keys("blocks", b"", b"\xff"),
+            "snapshot": lambda: snapshot.raw_scan("blocks", None, None),
+            "snapshot backwards": lambda: snapshot.raw_scan("blocks", None, None, reverse=True),
+        }
+        with pytest.raises(StoreCorrupt, match=f"checksum.*{largest.name}"):
+            for _ in rows[how]():
+                pass
 
 
 def test_statistics_cover_the_table(tmp_path: Path) -> None:
