@@ -176,6 +176,14 @@ class QuarantineRow(NamedTuple):
     data: bytes
 
 
+class SourceRow(NamedTuple):
+    """An upstream that was added, or one of the settings that was switched off (not ``added``)."""
+
+    added: bool
+    enabled: bool
+    time_us: Micros
+
+
 class ArchiveRow(NamedTuple):
     """An archived CAR: which rev of its repository, when it was fetched, its length."""
 
@@ -350,6 +358,14 @@ def encode_quarantine(row: QuarantineRow) -> bytes:
 
 def decode_quarantine(data: bytes) -> QuarantineRow:
     return QuarantineRow._make(unpack(data))
+
+
+def encode_source(row: SourceRow) -> bytes:
+    return pack(tuple(row))
+
+
+def decode_source(data: bytes) -> SourceRow:
+    return SourceRow._make(unpack(data))
 
 
 def encode_archive(row: ArchiveRow) -> bytes:

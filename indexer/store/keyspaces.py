@@ -21,6 +21,7 @@ from indexer.store.codecs import (
     RecordRow,
     RefChanges,
     RepoRow,
+    SourceRow,
 )
 
 K = TypeVar("K")
@@ -69,6 +70,7 @@ _WORD: Final = Codec[tuple[AccountStatus, bool, int, Micros]](codecs.encode_word
 _CHANGES: Final = Codec[list[RefChanges]](_read_only, codecs.decode_reflog)
 _ARCHIVE: Final = Codec[ArchiveRow](codecs.encode_archive, codecs.decode_archive)
 _WAITING: Final = Codec[tuple[int, bytes]](codecs.encode_waiting, codecs.decode_waiting)
+_SOURCE: Final = Codec[SourceRow](codecs.encode_source, codecs.decode_source)
 _QUARANTINE: Final = Codec[QuarantineRow](codecs.encode_quarantine, codecs.decode_quarantine)
 
 
@@ -115,6 +117,8 @@ RESYNC_BUFFER: Final[Keyspace[tuple[Did, Rev, FrameKind, str], tuple[int, bytes]
     "resync_buffer", _FRAME, _WAITING, Tuning(16, collected=True, weight=2)
 )
 FILTER: Final[Keyspace[tuple[str, str], None]] = Keyspace("filter", _PAIR, _EMPTY)
+#: By kind ("firehose") and name.
+SOURCES: Final[Keyspace[tuple[str, str], SourceRow]] = Keyspace("sources", _PAIR, _SOURCE)
 QUARANTINE: Final[Keyspace[int, QuarantineRow]] = Keyspace(
     "quarantine", _U64, _QUARANTINE, Tuning(16, collected=True)
 )
@@ -129,7 +133,7 @@ KEYSPACES: Final[dict[str, Keyspace[Any, Any]]] = {
     keyspace.name: keyspace
     for keyspace in (
         REPOS, ACCOUNT_STATUS, RECORDS, BLOCKS, BLOCK_REFS, REFLOG, GC_QUEUE, EVENTS, CURSORS, COUNTS,
-        PENDING, RESYNC_BUFFER, FILTER, QUARANTINE, ARCHIVES, ARCHIVE_QUEUE,
+        PENDING, RESYNC_BUFFER, FILTER, SOURCES, QUARANTINE, ARCHIVES, ARCHIVE_QUEUE,
     )
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Verbs for what waits and what failed, and for archives: resync buffer, quarantine, account words, filter.
+"""Verbs beside the records: resync buffer, quarantine, account words, archives, filter, sources.
 
 The part of the transaction that does not touch records; see `Transaction`. On the writer's loop.
 """
@@ -14,6 +14,7 @@ from indexer.store.codecs import (
     BufferedFrame,
     FrameKind,
     QuarantineRow,
+    SourceRow,
     did_range,
 )
 from indexer.store.group import Group
@@ -24,6 +25,7 @@ from indexer.store.keyspaces import (
     FILTER,
     QUARANTINE,
     RESYNC_BUFFER,
+    SOURCES,
 )
 
 
@@ -160,3 +162,11 @@ class SideVerbs(Group):
 
     def drop_filter(self, kind: str, item: str) -> None:
         self.delete(FILTER, (kind, item))
+
+    # ---- sources
+
+    def set_source(self, kind: str, name: str, row: SourceRow) -> None:
+        self.put(SOURCES, (kind, name), row)
+
+    def drop_source(self, kind: str, name: str) -> None:
+        self.delete(SOURCES, (kind, name))
