@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": ("indexer.commands.demo:demo", "Run the daemon against a simulated network; no internet needed."),
     "simulate": ("indexer.commands.simulate:simulate", "Run only the simulated network."),
     "repo": ("indexer.commands.repo:repo", "Follow repositories and look at their state."),
+    "filter": ("indexer.commands.filter:filter_", "Show and change what is followed and kept."),
     "get": ("indexer.commands.client:get", "Print a record by its at:// URI."),
     "stream": ("indexer.commands.client:stream", "Print the event stream."),
     "db": ("indexer.commands.db:db", "Look after the database: check, compact, back up, restore, migrate."),

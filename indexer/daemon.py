@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import structlog
 
@@ -26,6 +26,7 @@ from indexer.identity.resolver import Resolver
 from indexer.ingest import Ingest
 from indexer.ingest.audit import Auditor
 from indexer.ingest.filters import Filters
+from indexer.ingest.revisit import Revisit
 from indexer.pool import Pool
 from indexer.serve.management import ManagementServer
 from indexer.serve.public import PublicServer
@@ -47,6 +48,8 @@ DRAIN_S = 5.0
 
 
 class Daemon:
+StoreWorker: TypeAlias = CheckpointWorker | BlocksGcWorker | RetentionWorker | Archives | Auditor | Revisit
+
     """``async with Daemon(settings) as daemon:`` runs every part; leaving it drains and closes."""
 
     def __init__(self, settings: Settings) -> None:
@@ -99,21 +102,24 @@ class Daemon:
         filters = Filters.of(settings.filter).with_rows(self.db.filters())
         self.ingest = Ingest(self.db, self.writer, verifiers, resolver, filters, settings, http=http)
         archives = await self._open_archives()
+        revisit = Revisit(self.db, self.writer, settings)
+        await revisit.adopt(filters)
         self.backfill = Backfill(
             self.db, self.writer, workers, resolver, http, settings,
             drain=self.ingest.drain, woken=self.ingest.wake, archives=archives,
         )  # fmt: skip
-        store_workers: dict[str, CheckpointWorker | BlocksGcWorker | RetentionWorker | Archives | Auditor] = {
+        store_workers: dict[str, StoreWorker] = {
             "checkpoint": CheckpointWorker(self.db, self.writer, settings.gc),
             "blocks_gc": BlocksGcWorker(self.db, self.writer, settings.gc),
             "retention": RetentionWorker(self.db, self.writer, settings),
             "archives": archives,
         }
         if settings.audit.repos_per_minute and not settings.ephemeral.enabled:
+            "filter": revisit,
             store_workers["audit"] = Auditor(self.db, self.writer, workers, settings)
         self.services = Services(
             self.db, self.writer, EventLog(self.db, self.writer), resolver, workers, filters, settings,
-            self.ingest, self.backfill, store_workers, archives,
+            revisit, self.ingest, self.backfill, store_workers, archives,
         )  # fmt: skip
         for name, worker in store_workers.items():
             self._spawn(name, worker.run)

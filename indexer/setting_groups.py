@@ -37,6 +37,9 @@ class FilterSettings(Section):
     )
     collections: NsidPatterns = Field([], description="collections to keep; empty keeps all (`ns.*` allowed)")
     excludes: Dids = Field([], description="DIDs never to be followed")
+    answer_wait: Duration = Field(
+        2.0, ge=0, description="how long a changed filter's answer waits for the repositories that it affects"
+    )
 
 
 class ListenerSettings(Section):

@@ -1,9 +1,8 @@
 """`/filter` of the management API: what is followed and which collections are kept.
 
 Owns the request's form: a list replaces, an object patches (`{"app.bsky.*": true, "x.y.z": false}`). The
-stored rows stand above the settings. Collections that were left out so far make the followed repositories
-queue for a fetch; collections no longer kept make them incomplete. One change at a time: what is read,
-patched, stored and told to ingest is one step.
+stored rows stand above the settings. One change at a time: what is read, patched, stored and told to ingest
+is one step, and the round through the repositories that it affects (`revisit`) is planned in the same batch.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ from aiohttp import web
 
 from indexer.errors import RequestError, SyntaxInvalid
 from indexer.ingest.filters import LISTS, Filters
+from indexer.ingest.revisit import NOTHING_TO_DO
 from indexer.serve.http_errors import json_response
-from indexer.store.codecs import SyncState, did_range
+from indexer.serve.xrpc.params import Params
+from indexer.store.codecs import did_range
 from indexer.store.keyspaces import FILTER
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _FIELDS: Final = ("mode", *LISTS)
 _MAX_ITEMS: Final = 100_000
-_STEP: Final = 500
 
 
 class FilterRoutes:
@@ -45,40 +45,27 @@ class FilterRoutes:
         return json_response(_shown(self._services.current_filters()))
 
     async def patch(self, request: web.Request) -> web.StreamResponse:
-        """Stores new filters, tells ingest, queues what they affect."""
+        """Stores new filters, tells ingest; the answer says what became of the repositories so far."""
         services, body = self._services, await request.read()
+        purge = Params(request.query).flag("purge")
+        round_ = services.revisit
 
-        def change(tx: Transaction) -> tuple[Filters, Filters]:
+        def change(tx: Transaction) -> tuple[Filters, bool]:
             stored = _rows(tx)
             old = services.filters.with_rows(stored)
             new = patched(old, body)
             _store(tx, set(stored), set(new.rows()))
-            return old, new
+            return new, round_.plan(tx, old, new, purge=purge)
 
-        async with self._turn:
-            old, new = await services.writer.run("filter_patch", change)
+        async with self._turn, round_.changing():
+            new, affects = await services.writer.run("filter_patch", change)
             if services.ingest is not None:
                 services.ingest.set_filters(new)
-            queued = 0
-            if new.collections != old.collections and not services.db.mode.ephemeral:
-                queued = await self._revisit(refetch=new.widens(old), whole=not new.collections)
-        return json_response({**_shown(new), "queued": queued})
-
-    async def _revisit(self, *, refetch: bool, whole: bool) -> int:
-        """Marks every followed repository after a change of collections, some hundred rows a unit."""
-        changed, after = 0, ""
-        while rows := self._services.db.repos(after=after, limit=_STEP):
-            after = rows[-1][0]
-            dids = [did for did, row in rows if row.tracked]
-
-            def mark(tx: Transaction, dids: list[str] = dids) -> int:
-                return sum(_mark(tx, did, refetch=refetch, whole=whole) for did in dids)
-
-            changed += await self._services.writer.run("filter_revisit", mark)
-            await asyncio.sleep(0)
-        if refetch and self._services.backfill is not None:
-            self._services.backfill.wake()
-        return changed if refetch else 0
+        wait = services.settings.filter.answer_wait
+        done, queued, purged = await round_.progress(wait) if affects else NOTHING_TO_DO
+        if queued and services.backfill is not None:
+            services.backfill.wake()
+        return json_response({**_shown(new), "done": done, "queued": queued, "purged": purged})
 
 
 def patched(old: Filters, body: bytes) -> Filters:
@@ -134,18 +121,3 @@ def _store(tx: Transaction, stored: set[tuple[str, str]], wanted: set[tuple[str,
         tx.drop_filter(kind, item)
     for kind, item in wanted - stored:
         tx.set_filter(kind, item)
-
-
-def _mark(tx: Transaction, did: str, *, refetch: bool, whole: bool) -> bool:
-    """An account that is not active is fetched when it is again: its state says so, nothing is due."""
-    row = tx.repo(did)
-    if row is None or not row.tracked:
-        return False
-    if not whole:
-        row = row._replace(complete=False)
-    if refetch:
-        due = tx.now_us if row.status.active else 0
-        state = SyncState.DESYNCHRONIZED if row.rev else SyncState.PENDING
-        row = row._replace(state=state, due=due, attempt=0)
-    tx.set_repo(did, row)
-    return row.due > 0

@@ -117,11 +117,13 @@ class RepoRoutes:
         return _acted_on(request, acted)
 
     async def resync(self, request: web.Request) -> web.StreamResponse:
-        """Fetches followed repositories again."""
+        """Fetches followed repositories again; excluded ones are left out."""
         wanted: list[Did] = []
+        filters = self._services.current_filters()
         async for step in _paced(await read_dids(request)):
             rows = self._services.db.multi_get(REPOS, step)
-            wanted += [did for did, row in zip(step, rows, strict=True) if row is not None and row.tracked]
+            known = [did for did, row in zip(step, rows, strict=True) if row is not None and row.tracked]
+            wanted += [did for did in known if not filters.is_excluded(did)]
         return _acted_on(request, await self._request(wanted, _desynchronized, again=True))
 
     async def _request(

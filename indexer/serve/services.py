@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from indexer.atproto.types import Did, Handle
 from indexer.config import Settings
 from indexer.ingest.filters import Filters
+from indexer.ingest.revisit import Revisit
 from indexer.pool import Pool
 from indexer.store.archives import Archives
 from indexer.store.database import Database
@@ -65,9 +66,11 @@ class Services:
     pool: Pool
     filters: Filters
     settings: Settings
+    #: Carries changed filters to the repositories that are held.
+    revisit: Revisit
     ingest: IngestLike | None = None
     backfill: BackfillLike | None = None
-    #: "checkpoint", "blocks_gc", "retention", "archives", "audit"
+    #: "checkpoint", "blocks_gc", "retention", "archives", "audit", "filter"
     workers: Mapping[str, WorkerLike] = field(default_factory=dict)
     archives: Archives | None = None
 

@@ -18,6 +18,7 @@ from indexer.atproto.dagcbor import record_from_json
 from indexer.config import Settings
 from indexer.errors import IdentityGone
 from indexer.ingest.filters import Filters
+from indexer.ingest.revisit import Revisit
 from indexer.pool import Pool
 from indexer.repo.walker import load_repo
 from indexer.serve.management import ManagementServer
@@ -105,18 +106,21 @@ async def running(tmp_path: Path, **sections: dict[str, Any]) -> AsyncIterator[N
         resolver = FakeResolver()
         services = Services(
             db=db, writer=writer, log=EventLog(db, writer), resolver=resolver, pool=Pool(0),
-            filters=Filters.of(config.filter), settings=config,
+            filters=Filters.of(config.filter), settings=config, revisit=Revisit(db, writer, config),
         )  # fmt: skip
         public = PublicServer(services)
         management = ManagementServer(services, public)
         await public.start()
         await management.start()
+        revisiting = asyncio.create_task(services.revisit.run())
         try:
             async with aiohttp.ClientSession() as http:
                 yield Node(services, public, management, resolver, http)
         finally:
             await management.stop()
             await public.stop()
+            revisiting.cancel()
+            await asyncio.wait([revisiting])
             await writer.stop()
 
 

@@ -209,7 +209,7 @@ async def test_requests_go_to_the_backfill(tmp_path: Path) -> None:
 
 async def test_a_patched_filter_is_stored_told_and_queues_what_it_affects(tmp_path: Path) -> None:
     async with running(tmp_path, filter={"collections": [POST]}) as node:
-        await fill(node, ALICE, [])
+        await fill(node, ALICE, [f"{POST}/a", "app.bsky.graph.follow/a"])
         await fill(node, BOB, [], tracked=False)
         server, ingest, backfill = await _managed(node)
         patch = {"mode": "full", "collections": {"app.bsky.graph.*": True}, "signals": ["app.bsky.feed.like"]}
@@ -221,7 +221,7 @@ async def test_a_patched_filter_is_stored_told_and_queues_what_it_affects(tmp_pa
             "collections": [POST, "app.bsky.graph.*"],
             "excludes": [],
         }
-        assert answer == {**wanted, "queued": 1}
+        assert answer == {**wanted, "done": True, "queued": 1, "purged": 0}
         assert (await node.manage("GET", "/filter"))[1] == wanted
         assert ingest.filters[0].mode == "full"
         assert backfill.woken == 1
@@ -231,6 +231,12 @@ async def test_a_patched_filter_is_stored_told_and_queues_what_it_affects(tmp_pa
         # A narrower filter needs no fetch.
         async with node.http.patch(f"{server.url}/filter", json={"collections": [POST]}) as response:
             assert (await response.json())["queued"] == 0
+        assert len(node.services.db.records(ALICE)) == 2
+        for purged in (1, 0):
+            url = f"{server.url}/filter?purge=true"
+            async with node.http.patch(url, json={"collections": [POST]}) as response:
+                assert (await response.json())["purged"] == purged
+        assert [path for path, _ in node.services.db.records(ALICE)] == [f"{POST}/a"]
         await server.stop()
 
 
