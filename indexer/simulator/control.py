@@ -25,7 +25,7 @@ _MAX_STEPS = 100_000
 
 
 def control_app(network: SimulatedNetwork) -> web.Application:
-    """``GET /state /ledger``, ``POST /pause /resume /rate /act``."""
+    """``GET /state /ledger /faults``, ``POST /pause /resume /rate /act /faults``."""
 
     async def state(request: web.Request) -> web.StreamResponse:
         failure = network.failure()
@@ -43,6 +43,11 @@ def control_app(network: SimulatedNetwork) -> web.Application:
 
     async def ledger(request: web.Request) -> web.StreamResponse:
         return reply(network.ledger(request.query.get("values") == "1"))
+
+    async def faults(request: web.Request) -> web.StreamResponse:
+        if request.method == "GET":
+            return reply(network.faults.state())
+        return reply(network.faults.command(await _body(request)))
 
     async def pause(request: web.Request) -> web.StreamResponse:
         return reply({"seq": await network.pause(), "commits": network.commits})
@@ -72,6 +77,8 @@ def control_app(network: SimulatedNetwork) -> web.Application:
     app = web.Application(middlewares=[_errors], client_max_size=_MAX_BODY)
     app.router.add_get("/state", state)
     app.router.add_get("/ledger", ledger)
+    app.router.add_get("/faults", faults)
+    app.router.add_post("/faults", faults)
     app.router.add_post("/pause", pause)
     app.router.add_post("/resume", resume)
     app.router.add_post("/rate", rate)
@@ -102,7 +109,11 @@ async def _body(request: web.Request) -> dict[str, Any]:
 
 def _create_account(network: SimulatedNetwork, body: dict[str, Any]) -> dict[str, Any]:
     did = network.add_account(
-        int(body.get("records", 0)), pds=body.get("pds"), handle=body.get("handle"), curve=body.get("curve")
+        int(body.get("records", 0)),
+        pds=body.get("pds"),
+        handle=body.get("handle"),
+        curve=body.get("curve"),
+        did=body.get("did"),
     )
     account = network.world.accounts[did]
     return {"did": did, "handle": account.handle, "rev": account.rev, "seq": network.relay.seq}

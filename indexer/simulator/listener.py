@@ -20,7 +20,7 @@ class Listener:
 
     @classmethod
     async def open(cls, app: web.Application, host: str, port: int) -> Listener:
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2, handler_cancellation=True)
         await runner.setup()
         try:
             await web.TCPSite(runner, host, port).start()

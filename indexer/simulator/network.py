@@ -14,9 +14,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from indexer.simulator.account import DELETED, ActionError
+from indexer.simulator.account import DELETED, Account, ActionError
 from indexer.simulator.chooser import Chooser, Rates, past
 from indexer.simulator.control import control_app
+from indexer.simulator.fault_answers import SUITED
+from indexer.simulator.faults import Fault, Faults
 from indexer.simulator.framelog import FrameLog, Lane
 from indexer.simulator.journal import Journal, JournalError, Place
 from indexer.simulator.listener import Listener
@@ -45,6 +47,7 @@ class SimConfig:
     port_base: int = 0  # control, PLC, relay, PDS 0, … from here; 0: any free ports
     paused: bool = False
     rates: Rates = field(default_factory=Rates)
+    faults: tuple[Fault, ...] = ()  # that hold from the start; more by `SimulatedNetwork.faults`
 
 
 class SimulatedNetwork:
@@ -59,7 +62,8 @@ class SimulatedNetwork:
         self.relay = Lane(self._log)
         self._listeners: dict[str, Listener] = {}
         self._ports: dict[str, int] = {}
-        self._names = NameServer(self._did_of)
+        self.faults = Faults(config.seed, SUITED, config.faults)
+        self._names = NameServer(self._did_of, self.faults)
         self.pds_lanes: list[Lane] = []
         self.world: World
         try:
@@ -169,7 +173,15 @@ class SimulatedNetwork:
         """One happening by the generator's choice."""
         return self.publish(self._chooser.step())
 
-    def add_account(self, records: int, *, pds: int | None, handle: str | None, curve: str | None) -> str:
+    def add_account(
+        self,
+        records: int,
+        *,
+        pds: int | None = None,
+        handle: str | None = None,
+        curve: str | None = None,
+        did: str | None = None,
+    ) -> str:
         """A new account; with ``records`` one that has a past and does not show in the stream yet."""
         world = self.world
         rng = Random(f"{world.seed}/{len(world.accounts)}")
@@ -178,10 +190,10 @@ class SimulatedNetwork:
             handle=handle,
             curve=curve,
             past=(lambda did: past(rng, world, did, records)) if records else None,
+            did=did,
         )
         self.publish(made)
-        did: str = made.row["did"]
-        return did
+        return str(made.row["did"])
 
     def ledger(self, values: bool) -> dict[str, Any]:
         """The truth at this moment."""
@@ -192,6 +204,10 @@ class SimulatedNetwork:
         return {"seq": self.relay.seq, "commits": self.commits, "accounts": accounts}
 
     # -- inside
+
+    def by_handle(self, handle: str) -> Account | None:
+        """Who has a handle now, deleted accounts included."""
+        return by_handle(self, handle)
 
     def _did_of(self, handle: str) -> str | None:
         account = by_handle(self, handle)
@@ -220,7 +236,7 @@ class SimulatedNetwork:
         if not complete:
             first = [config.history_records or 1] * config.history_accounts + [0] * config.accounts
             for records in first[len(world.accounts) :]:
-                self.add_account(records, pds=None, handle=None, curve=None)
+                self.add_account(records)
         return world
 
     def _world(self, seed: int, pds: int) -> World:

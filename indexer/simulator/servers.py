@@ -15,6 +15,7 @@ from aiohttp import web
 from indexer.simulator.account import ACTIVE, DELETED, Account
 from indexer.simulator.cbor import cid_text, to_json
 from indexer.simulator.documents import document
+from indexer.simulator.fault_delivery import WHOLE, faulty, host_name
 from indexer.simulator.stream import subscribe
 from indexer.simulator.wire import car, car_chunks
 
@@ -46,10 +47,14 @@ def plc_app(network: SimulatedNetwork) -> web.Application:
             return reply({"message": f"DID not registered: {did}"}, 404)
         if account.tombstone:
             return reply({"message": f"DID not available: {did}"}, 410)
-        body = document(did, account.handle, account.key.multikey, network.pds_urls[account.pds])
-        return reply(body, kind="application/did+ld+json")
+        return _document(network, account)
 
-    return _app({"/{did}": answer})
+    return _app(network, "plc", {"/{did}": answer})
+
+
+def _document(network: SimulatedNetwork, account: Account) -> web.Response:
+    body = document(account.did, account.handle, account.key.multikey, network.pds_urls[account.pds])
+    return reply(body, kind="application/did+ld+json")
 
 
 # -- PDS
@@ -74,6 +79,8 @@ def pds_app(network: SimulatedNetwork, number: int) -> web.Application:
     async def get_repo(request: web.Request) -> web.StreamResponse:
         account = hosted(request)
         blocks = account.blocks()
+        if WHOLE.get():
+            return _whole_repo(account)
         response = web.StreamResponse(headers={"Content-Type": CAR_TYPE})
         await response.prepare(request)
         for chunk in car_chunks(account.commit_cid, blocks):
@@ -113,16 +120,12 @@ def pds_app(network: SimulatedNetwork, number: int) -> web.Application:
     async def list_records(request: web.Request) -> web.StreamResponse:
         return _page_of_records(request, hosted(request, "repo"))
 
-    async def well_known(request: web.Request) -> web.StreamResponse:
-        account = by_handle(network, (request.host or "").rpartition(":")[0] or request.host)
-        if account is None or account.status == DELETED:
-            raise web.HTTPNotFound(text="User not found")
-        return web.Response(text=account.did)
-
     async def stream(request: web.Request) -> web.StreamResponse:
         return await subscribe(request, network.pds_lanes[number])
 
     return _app(
+        network,
+        f"pds{number}",
         {
             "/xrpc/com.atproto.sync.getRepo": get_repo,
             "/xrpc/com.atproto.sync.getRecord": get_proof,
@@ -133,8 +136,9 @@ def pds_app(network: SimulatedNetwork, number: int) -> web.Application:
             "/xrpc/com.atproto.repo.getRecord": get_record,
             "/xrpc/com.atproto.repo.listRecords": list_records,
             "/xrpc/com.atproto.identity.resolveHandle": _resolver(network),
-            "/.well-known/atproto-did": well_known,
-        }
+            "/.well-known/atproto-did": _well_known(network),
+            "/.well-known/did.json": _did_web(network),
+        },
     )
 
 
@@ -153,6 +157,8 @@ def relay_app(network: SimulatedNetwork) -> web.Application:
 
     async def get_repo(request: web.Request) -> web.StreamResponse:
         account = known(request)
+        if WHOLE.get():  # what a relay serves itself is a mirror's copy
+            return _whole_repo(account)
         raise web.HTTPFound(network.pds_urls[account.pds] + request.path_qs)
 
     async def latest_commit(request: web.Request) -> web.StreamResponse:
@@ -172,6 +178,8 @@ def relay_app(network: SimulatedNetwork) -> web.Application:
         return await subscribe(request, network.relay)
 
     return _app(
+        network,
+        "relay0",
         {
             "/xrpc/com.atproto.sync.getRepo": get_repo,
             "/xrpc/com.atproto.sync.getLatestCommit": latest_commit,
@@ -179,7 +187,7 @@ def relay_app(network: SimulatedNetwork) -> web.Application:
             "/xrpc/com.atproto.sync.listRepos": list_repos,
             "/xrpc/com.atproto.sync.subscribeRepos": stream,
             "/xrpc/com.atproto.identity.resolveHandle": _resolver(network),
-        }
+        },
     )
 
 
@@ -203,8 +211,13 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return refuse(problem.error, str(problem), problem.status)
 
 
-def _app(routes: dict[str, Handler]) -> web.Application:
-    app = web.Application(middlewares=[_errors])
+def _whole_repo(account: Account) -> web.Response:
+    """A repository in one piece, for a fault to work on."""
+    return web.Response(body=car(account.commit_cid, account.blocks()), content_type=CAR_TYPE)
+
+
+def _app(network: SimulatedNetwork, host: str, routes: dict[str, Handler]) -> web.Application:
+    app = web.Application(middlewares=[faulty(network, host), _errors])
     for path, handler in routes.items():
         app.router.add_get(path, handler)
     return app
@@ -218,6 +231,26 @@ def _resolver(network: SimulatedNetwork) -> Handler:
         return reply({"did": account.did})
 
     return resolve_handle
+
+
+def _well_known(network: SimulatedNetwork) -> Handler:
+    async def well_known(request: web.Request) -> web.StreamResponse:
+        account = by_handle(network, host_name(request))
+        if account is None or account.status == DELETED:
+            raise web.HTTPNotFound(text="User not found")
+        return web.Response(text=account.did)
+
+    return well_known
+
+
+def _did_web(network: SimulatedNetwork) -> Handler:
+    async def did_web(request: web.Request) -> web.StreamResponse:
+        account = network.world.accounts.get("did:web:" + request.host.replace(":", "%3A"))
+        if account is None:
+            raise web.HTTPNotFound(text="Not found")
+        return _document(network, account)
+
+    return did_web
 
 
 def by_handle(network: SimulatedNetwork, handle: str) -> Account | None:

@@ -112,8 +112,12 @@ class World:
         handle: str | None = None,
         curve: str | None = None,
         past: Callable[[str], Mapping[str, dict[str, Any]]] | None = None,
+        did: str | None = None,
     ) -> Happening:
-        """A new account. ``past`` (DID → values by path) gives it old records, and it emits nothing now."""
+        """A new account. ``past`` (DID → values by path) gives it old records, and it emits nothing now.
+
+        ``did`` is for a did:web; without it a did:plc is made.
+        """
         index = len(self._everybody)
         rng = Random(self.seed << 32 | index)
         curve = curve or rng.choice((K256, K256, P256))
@@ -121,7 +125,9 @@ class World:
         if any(account.handle == handle for account in self._everybody):
             raise ActionError(f"handle is taken: {handle}")
         genesis = encode({"seed": self.seed, "index": index, "handle": handle, "type": "simulated"})
-        did = "did:plc:" + base64.b32encode(hashlib.sha256(genesis).digest()).decode().lower()[:24]
+        did = did or "did:plc:" + base64.b32encode(hashlib.sha256(genesis).digest()).decode().lower()[:24]
+        if did in self.accounts:
+            raise ActionError(f"the account exists: {did}")
         home = index % self.pds if pds is None else self._home(pds)
         account = Account(did, handle, home, SigningKey.derive(curve, f"{self.seed}/{did}/0"))
         self._admit(account)
