@@ -32,11 +32,13 @@ from indexer.serve.management import ManagementServer
 from indexer.serve.public import PublicServer
 from indexer.serve.services import Services
 from indexer.store.archives import Archives
+from indexer.store.backup import remove_staging
 from indexer.store.codecs import Mode
 from indexer.store.database import Database
 from indexer.store.events import EventLog
 from indexer.store.gc import BlocksGcWorker
 from indexer.store.refcounts import CheckpointWorker
+from indexer.store.restore import expect_whole
 from indexer.store.retention import RetentionWorker
 from indexer.store.writer import Writer
 
@@ -46,10 +48,10 @@ log = structlog.get_logger()
 #: writer commits what it has. So a stop is done within 10.
 DRAIN_S = 5.0
 
-
-class Daemon:
 StoreWorker: TypeAlias = CheckpointWorker | BlocksGcWorker | RetentionWorker | Archives | Auditor | Revisit
 
+
+class Daemon:
     """``async with Daemon(settings) as daemon:`` runs every part; leaving it drains and closes."""
 
     def __init__(self, settings: Settings) -> None:
@@ -100,10 +102,10 @@ StoreWorker: TypeAlias = CheckpointWorker | BlocksGcWorker | RetentionWorker | A
         http = await self._stack.enter_async_context(HttpClient(settings.network))
         resolver = Resolver(http, settings)
         filters = Filters.of(settings.filter).with_rows(self.db.filters())
-        self.ingest = Ingest(self.db, self.writer, verifiers, resolver, filters, settings, http=http)
-        archives = await self._open_archives()
         revisit = Revisit(self.db, self.writer, settings)
         await revisit.adopt(filters)
+        self.ingest = Ingest(self.db, self.writer, verifiers, resolver, filters, settings, http=http)
+        archives = await self._open_archives()
         self.backfill = Backfill(
             self.db, self.writer, workers, resolver, http, settings,
             drain=self.ingest.drain, woken=self.ingest.wake, archives=archives,
@@ -113,13 +115,13 @@ StoreWorker: TypeAlias = CheckpointWorker | BlocksGcWorker | RetentionWorker | A
             "blocks_gc": BlocksGcWorker(self.db, self.writer, settings.gc),
             "retention": RetentionWorker(self.db, self.writer, settings),
             "archives": archives,
+            "filter": revisit,
         }
         if settings.audit.repos_per_minute and not settings.ephemeral.enabled:
-            "filter": revisit,
             store_workers["audit"] = Auditor(self.db, self.writer, workers, settings)
         self.services = Services(
             self.db, self.writer, EventLog(self.db, self.writer), resolver, workers, filters, settings,
-            revisit, self.ingest, self.backfill, store_workers, archives,
+            revisit, self.ingest, self.backfill, store_workers, archives, verifiers,
         )  # fmt: skip
         for name, worker in store_workers.items():
             self._spawn(name, worker.run)
@@ -131,8 +133,10 @@ StoreWorker: TypeAlias = CheckpointWorker | BlocksGcWorker | RetentionWorker | A
     def _open_store(self) -> None:
         settings = self.settings
         mode = Mode(ephemeral=settings.ephemeral.enabled, blocks=settings.store.blocks)
+        expect_whole(settings.data_dir)
         self.db = Database.open(settings.data_dir / "db", memory_mib=settings.memory_mib, mode=mode)
         self._stack.callback(self.db.close)
+        remove_staging(settings.data_dir)
         self.writer = Writer(self.db, settings)
 
     async def _until_writer_closes(self) -> None:
@@ -205,10 +209,13 @@ StoreWorker: TypeAlias = CheckpointWorker | BlocksGcWorker | RetentionWorker | A
         await self.backfill.add(dids)
 
     async def wait_connected(self, timeout: float) -> None:
-        """Waits until every upstream is connected; raises `IndexerError` when it takes longer."""
+        """Waits until every upstream that is not switched off is connected; raises `IndexerError` when it
+        takes longer."""
         async with asyncio.timeout(timeout) as limit:
             try:
-                while not all(source["connected"] for source in self.ingest.status()):
+                while any(
+                    source["enabled"] and not source["connected"] for source in self.ingest.status()
+                ):
                     await asyncio.sleep(0.02)
             except asyncio.CancelledError:
                 if limit.expired():

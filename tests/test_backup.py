@@ -13,9 +13,9 @@ from indexer.commands.demo import oracle
 from indexer.commands.demo.network import SimulatedNetwork
 from indexer.config import Settings, load
 from indexer.daemon import Daemon
-from indexer.store.backup import RESTORE_IDS, restore
 from indexer.store.check import check
 from indexer.store.database import Database
+from indexer.store.restore import RESTORE_IDS, restore
 from tests.serve.node import messages
 
 

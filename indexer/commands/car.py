@@ -23,11 +23,12 @@ from indexer.atproto.dagcbor import record_to_json
 from indexer.atproto.did_document import parse_did_document
 from indexer.atproto.mst import build, key_layer
 from indexer.atproto.types import Did, DidKey
+from indexer.commands.paths import NamedPath
 from indexer.commands.progress import counted
 from indexer.errors import BadInput, CarError, DagCborError, DidDocumentInvalid
 from indexer.repo.walker import RepoIndex, index_repo
 
-_file = click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
+_file = click.argument("file", type=NamedPath(exists=True, dir_okay=False, allow_dash=True))
 _json = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 
 
@@ -156,7 +157,7 @@ def car() -> None:
 @click.option(
     "--did-document",
     "document",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=NamedPath(exists=True, dir_okay=False),
     help="The account's DID document (JSON): its DID must be the repository's, its key the signer.",
 )
 @_json
@@ -189,7 +190,7 @@ def ls(file: Path, as_json: bool) -> None:
 @_file
 @click.argument("path", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every record, as DIR/collection/rkey.json.")
-@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
+@click.option("-o", "--output", type=NamedPath(file_okay=False), help="Folder to write to.")
 @click.option("--raw", is_flag=True, help="DAG-CBOR as it is stored, instead of JSON.")
 def extract(file: Path, path: str | None, everything: bool, output: Path | None, raw: bool) -> None:
     """One record (to standard output, or into a folder with -o), or all of them.

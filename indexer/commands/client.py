@@ -23,6 +23,7 @@ import aiohttp
 import click
 
 from indexer.atproto.syntax import check_did, check_nsid_pattern, parse_at_uri
+from indexer.commands.paths import NamedPath
 from indexer.config import Settings, load, parse_bind
 from indexer.errors import FetchError, FetchRefused, FetchTransient, RequestError
 from indexer.setting_values import check_address
@@ -138,7 +139,7 @@ def with_daemon(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         command(daemon=daemon_of(load(config), url, management_url, token), **rest)
 
-    path = click.Path(path_type=Path, dir_okay=False)
+    path = NamedPath(dir_okay=False)
     for option in (
         click.option("--config", type=path, help="Settings file (TOML)."),
         click.option("--token", help="Management token  [default: the setting management.token]"),

@@ -15,6 +15,7 @@ import orjson
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from indexer.commands.paths import NamedPath
 from indexer.config import SECRETS, Section, Settings, env_name, load
 from indexer.setting_values import Bind, Duration, Items, Retention
 
@@ -140,9 +141,7 @@ def config() -> None:
     """Show and check settings."""
 
 
-_file = click.option(
-    "--config", "file", type=click.Path(path_type=Path, dir_okay=False), help="Settings file (TOML)."
-)
+_file = click.option("--config", "file", type=NamedPath(dir_okay=False), help="Settings file (TOML).")
 
 
 @config.command()

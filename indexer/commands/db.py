@@ -19,18 +19,22 @@ import click
 from indexer.atproto.syntax import check_did
 from indexer.cas import FsBlobStore
 from indexer.commands.client import Daemon, daemon_of, run_client
-from indexer.commands.progress import Tell, bar
+from indexer.commands.paths import NamedPath
+from indexer.commands.progress import Tell, bar, counted
 from indexer.config import Settings, load
-from indexer.errors import FetchTransient, StoreLocked
+from indexer.errors import FetchRefused, FetchTransient, StoreError, StoreLocked
 from indexer.store import backup as backups
 from indexer.store.archives import check_archives
 from indexer.store.check import Report
 from indexer.store.check import check as check_store
-from indexer.store.database import Database
+from indexer.store.database import FORMAT, Database
+from indexer.store.migration import Migrated
 from indexer.store.migration import migrate as migrate_store
 from indexer.store.repair import Repaired
 from indexer.store.repair import repair as repair_store
-from indexer.store.upkeep import compact_all, describe
+from indexer.store.restore import expect_whole
+from indexer.store.restore import restore as restore_backup
+from indexer.store.upkeep import compact_all, describe, identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +45,14 @@ class Place:
     data_dir: Path
     daemon: Daemon
 
+    @property
+    def path(self) -> Path:
+        return self.data_dir / "db"
+
     def opened(self, *, any_format: bool = False) -> Database:
         """The database, in whatever mode it was made. Raises `StoreLocked` while a daemon holds it."""
-        path, memory_mib = self.data_dir / "db", self.settings.memory_mib
+        path, memory_mib = self.path, self.settings.memory_mib
+        expect_whole(self.data_dir)
         if any_format:
             return Database.open_unchecked(path, memory_mib=memory_mib)
         return Database.open(path, memory_mib=memory_mib, create=False)
@@ -51,7 +60,7 @@ class Place:
     def here_or_there(
         self,
         here: Callable[[Database], dict[str, Any]],
-        there: Callable[[Daemon], Awaitable[Any]],
+        there: Callable[[Daemon], Awaitable[dict[str, Any]]],
         *,
         any_format: bool = False,
     ) -> dict[str, Any]:
@@ -61,14 +70,22 @@ class Place:
                 return here(db)
         except StoreLocked as locked:
             try:
-                answer: dict[str, Any] = run_client(_awaited(there(self.daemon)))
+                return run_client(self._asked(there))
             except FetchTransient as error:
                 raise StoreLocked(f"{locked}; and {error}") from error
-            return answer
+            except FetchRefused as error:  # as the command says it when no daemon runs
+                raise StoreError(str(error).removeprefix(f"{error.name}: ")) from error
 
-
-async def _awaited(work: Awaitable[Any]) -> Any:
-    return await work
+    async def _asked(self, there: Callable[[Daemon], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+        """The daemon's answer, when it is the one that holds this database."""
+        theirs = await self.daemon.manage("GET", "/db/stats", patient=True)
+        if theirs.get("identity") != identity(self.path):
+            raise StoreLocked(
+                f"another process holds {self.data_dir}, not the daemon at {self.daemon.management}, "
+                f"which holds {theirs.get('data_dir', 'an unknown one')}; name the right one with "
+                "--management-url or --config"
+            )
+        return await there(self.daemon)
 
 
 def with_place(command: Callable[..., None]) -> Callable[..., None]:
@@ -82,7 +99,7 @@ def with_place(command: Callable[..., None]) -> Callable[..., None]:
         daemon = daemon_of(settings, None, management_url, token)
         command(place=Place(settings, data_dir or settings.data_dir, daemon), **rest)
 
-    file, folder = click.Path(path_type=Path, dir_okay=False), click.Path(path_type=Path, file_okay=False)
+    file, folder = NamedPath(dir_okay=False), NamedPath(file_okay=False)
     for option in (
         click.option("--config", type=file, help="Settings file (TOML)."),
         click.option("--token", help="Management token  [default: the setting management.token]"),
@@ -113,20 +130,24 @@ def stats(place: Place, raw: bool) -> None:
     if raw:
         click.echo(json.dumps(figures))
         return
+    counts = figures["counts"]
     click.echo(
-        _COLUMNS.format("keyspace", "rows", "on disk", "live", "in memory", "compression", "to compact")
+        f"{counted(counts['repos'], 'repository', 'repositories')}, {counted(counts['records'], 'record')}, "
+        f"{counted(counts['events'], 'event')}; the rows below are estimates\n"
     )
+    click.echo(_COLUMNS.format(*_TITLES))
     for name, row in (*figures["keyspaces"].items(), ("total", figures["totals"])):
+        rows = f"~{row['rows_estimated']:,}"
         click.echo(
             _COLUMNS.format(
-                name, f"{row['rows']:,}", size_text(row["sst_bytes"]), size_text(row["live_bytes"]),
+                name, rows, size_text(row["sst_bytes"]), size_text(row["live_bytes"]),
                 size_text(row["memtable_bytes"]), _ratio(row["raw_bytes"], row["data_bytes"]),
                 size_text(row["pending_compaction_bytes"]),
             )
         )  # fmt: skip
 
 
-_TITLES = ("keyspace", "rows", "on disk", "live", "in memory", "compression", "to compact")
+_TITLES = ("keyspace", "rows, about", "on disk", "live", "in memory", "compression", "to compact")
 _COLUMNS = "{:<16}{:>15}{:>12}{:>12}{:>12}{:>13}{:>13}"
 
 
@@ -204,28 +225,33 @@ def _checked(place: Place, db: Database, did: str | None, tell: Tell) -> Report:
 def _findings(report: Report, repaired: Repaired | None) -> Iterator[str]:
     yield from report.problems
     if repaired is not None:
-        yield f"repaired: {repaired.references} references, {repaired.totals} totals"
-    looked = f"{report.repos} repositories, {report.records} records, {report.blocks} blocks"
-    verdict = f"{len(report.problems)} problems" if report.problems else "no problem"
-    yield f"{verdict} in {looked}, {report.events} events"
+        yield f"repaired: {counted(repaired.references, 'reference')}, {counted(repaired.totals, 'total')}"
+    looked = (
+        f"{counted(report.repos, 'repository', 'repositories')}, {counted(report.records, 'record')}, "
+        f"{counted(report.blocks, 'block')}, {counted(report.events, 'event')}"
+    )
+    yield f"{counted(len(report.problems), 'problem') if report.problems else 'no problem'} in {looked}"
 
 
 # --- backup, restore, migrate -----------------------------------------------------------------------------
 
 
 @db.command()
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("dest", type=NamedPath())
 @_json
 @with_place
 def backup(place: Place, dest: Path, raw: bool) -> None:
-    """Back up the database and the archived files into the new folder DEST; a daemon goes on meanwhile."""
+    """Back up the database and the archived files into the new folder DEST.
+
+    A daemon that holds the database makes it, on its own machine, and goes on meanwhile.
+    """
     target = dest.absolute()
 
     def here(db: Database) -> dict[str, Any]:
         with bar("backing up") as tell:
             return backups.backup(db, target, progress=tell)._asdict()
 
-    def there(daemon: Daemon) -> Awaitable[Any]:
+    def there(daemon: Daemon) -> Awaitable[dict[str, Any]]:
         return daemon.manage("POST", "/db/backup", {"to": str(target)}, patient=True)
 
     made = place.here_or_there(here, there, any_format=True)  # it is made before a migration, too
@@ -237,13 +263,17 @@ def backup(place: Place, dest: Path, raw: bool) -> None:
 
 
 @db.command()
-@click.argument("src", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("src", type=NamedPath(file_okay=False))
+@click.option("--no-verify", is_flag=True, help="Do not read through what was copied.")
 @_json
 @with_place
-def restore(place: Place, src: Path, raw: bool) -> None:
-    """Make the data directory, which must be empty, of the backup SRC."""
+def restore(place: Place, src: Path, no_verify: bool, raw: bool) -> None:
+    """Make the data directory, which must be empty, of the backup SRC.
+
+    Everything copied is read once, so that a damaged backup is refused; `indexer db check` checks more.
+    """
     with bar("restoring") as tell:
-        done = backups.restore(src, place.data_dir, progress=tell)
+        done = restore_backup(src, place.data_dir, verify=not no_verify, progress=tell)
     if raw:
         click.echo(json.dumps({**done._asdict(), "data_dir": str(place.data_dir)}))
     else:
@@ -257,10 +287,17 @@ def restore(place: Place, src: Path, raw: bool) -> None:
 def migrate(place: Place, raw: bool) -> None:
     """Bring the database to this program's format; make a backup before. Goes on where a kill left it."""
     with bar("migrating") as tell:
-        done = migrate_store(place.data_dir / "db", memory_mib=place.settings.memory_mib, progress=tell)
+        expect_whole(place.data_dir)
+        done = migrate_store(place.path, memory_mib=place.settings.memory_mib, progress=tell)
     if raw:
         click.echo(json.dumps(done._asdict()))
-    elif done.before == done.after:
-        click.echo(f"{place.data_dir}: format {done.after} is this program's; nothing to do")
     else:
-        click.echo(f"{place.data_dir}: format {done.before} is {done.after} now ({done.handled} rows)")
+        click.echo(f"{place.data_dir}: {_outcome(done)}")
+
+
+def _outcome(done: Migrated) -> str:
+    if done.after > FORMAT:
+        return f"format {done.after} is newer than this program's {FORMAT}, which can read it; nothing to do"
+    if done.before == done.after:
+        return f"format {done.after} is this program's; nothing to do"
+    return f"format {done.before} is {done.after} now ({counted(done.handled, 'row')})"

@@ -32,6 +32,6 @@ def bar(title: str) -> Iterator[Tell]:
         yield tell
 
 
-def counted(number: int, what: str) -> str:
-    """``1 record``, ``2 records``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def counted(number: int, what: str, plural: str | None = None) -> str:
+    """``1 record``, ``2 records``, ``2 repositories``."""
+    return f"{number} {what}" if number == 1 else f"{number} {plural or f'{what}s'}"

@@ -21,12 +21,14 @@ import click
 
 from indexer.atproto.syntax import check_did
 from indexer.commands.client import Daemon, run_client, safe_text, with_daemon
+from indexer.commands.paths import NamedPath
 from indexer.commands.progress import counted
 from indexer.errors import FetchRefused, IdentityGone, IndexerError, RequestError
 from indexer.ingest.audit import Audit, audit
 from indexer.pool import Pool
 from indexer.store.codecs import AccountStatus, SyncState
 from indexer.store.database import Database
+from indexer.store.restore import expect_whole
 
 #: Time between two looks of `repo add --wait`, in seconds.
 _POLL_S = 0.5
@@ -135,7 +137,7 @@ def status(daemon: Daemon, did: str, raw: bool) -> None:
 
 @repo.command()
 @click.argument("did")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
+@click.option("-o", "--output", type=NamedPath(dir_okay=False), help="File to write.")
 @click.option("--rev", help="That rev instead of the newest one.")
 @click.option("--list", "listed", is_flag=True, help="List what is archived instead.")
 @click.option("--json", "raw", is_flag=True, help="The list as NDJSON.")
@@ -145,8 +147,13 @@ def archive(daemon: Daemon, did: str, output: Path | None, rev: str | None, list
 
     async def main() -> None:
         if listed:
-            for row in (await daemon.manage("GET", f"{_path(check_did(did))}/archives"))["archives"]:
+            rows = (await daemon.manage("GET", f"{_path(check_did(did))}/archives"))["archives"]
+            for row in rows:
                 click.echo(json.dumps(row) if raw else _archive_line(row))
+            if not rows and not raw:
+                click.echo(
+                    f"no CAR of {did} is archived (archive.cars keeps those that are fetched)", err=True
+                )
             return
         query = f"?{urlencode({'rev': rev})}" if rev else ""
         async with daemon.content(f"{_path(check_did(did))}/archive{query}") as content:
@@ -163,7 +170,7 @@ def archive(daemon: Daemon, did: str, output: Path | None, rev: str | None, list
 @click.argument("did")
 @click.option(
     "--data-dir",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=NamedPath(file_okay=False),
     help="Look into this data directory while no daemon runs.",
 )
 @click.option("--json", "raw", is_flag=True, help="One line of JSON.")
@@ -195,6 +202,7 @@ def verify(daemon: Daemon, did: str, data_dir: Path | None, raw: bool) -> None:
 
 async def verify_offline(data_dir: Path, did: str) -> Audit:
     """An audit of a database that no daemon holds."""
+    expect_whole(data_dir)
     with Database.open(data_dir / "db", create=False) as db:
         if db.mode.ephemeral:
             raise RequestError("the database keeps no records (ephemeral mode)")

@@ -16,6 +16,7 @@ import click
 import structlog
 
 from indexer.commands.config import cautions
+from indexer.commands.paths import NamedPath
 from indexer.config import Settings, load
 from indexer.daemon import Daemon
 from indexer.logs import configure_logging
@@ -24,9 +25,7 @@ log = structlog.get_logger()
 
 
 @click.command()
-@click.option(
-    "--config", "file", type=click.Path(path_type=Path, dir_okay=False), help="Settings file (TOML)."
-)
+@click.option("--config", "file", type=NamedPath(dir_okay=False), help="Settings file (TOML).")
 def run(file: Path | None) -> None:
     """Run the daemon.
 

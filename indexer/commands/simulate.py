@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from indexer.commands.paths import NamedPath
 from indexer.simulator import SimConfig, SimulatedNetwork
 from indexer.simulator.journal import JournalError
 
@@ -49,7 +50,7 @@ except ImportError:  # not on this platform
 @click.option("--commits", type=click.IntRange(0), default=None, help="Stop generating after this many.")
 @click.option(
     "--state",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=NamedPath(file_okay=False),
     default=None,
     help="Folder to keep and resume from.",
 )
@@ -131,7 +132,19 @@ def _tell(network: SimulatedNetwork, as_json: bool) -> None:
         return
     for name, address in addresses.items():
         print(f"{name:8} {address if isinstance(address, str) else ' '.join(address)}", flush=True)
+    print(f"\nFollow it with `indexer run --config FILE`, where FILE holds:\n\n{settings_text(network)}")
     print("Ctrl-C ends it.", flush=True)
+
+
+def settings_text(network: SimulatedNetwork) -> str:
+    """The settings, as TOML, of a daemon that follows the network. Its data are no others' beside it."""
+    return (
+        f'data_dir = "simulated-{network.relay_url.rpartition(":")[2]}"\n'
+        f'upstreams = ["{network.relay_url}"]\n'
+        f'plc_urls = ["{network.plc_url}"]\n'
+        'filter = { mode = "full" }\n'
+        f'network = {{ allow_private = true, dns_server = "{network.dns_address}" }}\n'
+    )
 
 
 def _end_event(exit_with_parent: bool) -> asyncio.Event:

@@ -1,10 +1,8 @@
-"""Backups: a consistent copy of a database and the archived files that belong to it, and the way back.
+"""Backups: a consistent copy of a database and the archived files that belong to it.
 
 A backup is a folder: ``db/`` (a RocksDB checkpoint), ``cas/`` (hard links or copies; files there never
-change), ``backup.json`` (written last). It appears under its name whole or not at all. A restored database
-gives out event ids above those of the backup, 2^32 and as much again for every minute since, because the
-ids in between may have been given out after it was made, also by an earlier restore of it; readers are
-told of the hole. Everything blocks; any thread, beside a running writer.
+change), ``backup.json`` (written last). It appears under its name whole or not at all; `restore` is the way
+back. Everything blocks; any thread, beside a running writer.
 """
 
 from __future__ import annotations
@@ -12,32 +10,35 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path as FilePath
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 from indexer.atproto.types import EventId, Micros
-from indexer.errors import StoreCorrupt, StoreError, StoreFull
+from indexer.errors import StoreCorrupt, StoreError
 from indexer.store import keyspaces
-from indexer.store.codecs import pack
 from indexer.store.database import Database, format_version
+from indexer.store.folders import (
+    PART,
+    Progress,
+    copy_tree,
+    files,
+    lies_in,
+    remove,
+    sha256_of,
+    silent,
+    sync_folder,
+    sync_tree,
+    translated,
+    write_synced,
+)
 from indexer.store.keyspaces import CURSORS
-from indexer.store.raw import RawRows
 
-#: Called with what is being copied, the bytes done and the bytes in all.
-Progress: TypeAlias = Callable[[str, int, int], None]
-
-#: Ids left out by a restore, and again for every minute that the backup is old.
-RESTORE_IDS: Final = 2**32
-_MINUTE_US: Final = 60_000_000
-_IDS: Final = 2**53  # readers in JavaScript know no more
 MANIFEST: Final = "backup.json"
-_PART: Final = ".part"
 _STAGING: Final = ".checkpoint-"
-_TEMP: Final = ".tmp"  # files that a byte store is still writing
+_TABLE: Final = ".sst"  # checksums of its own, block by block
+_SHA256: Final = "sha256"
+_TEXT: Final = "path"
 
 
 class Backup(NamedTuple):
@@ -51,48 +52,67 @@ class Backup(NamedTuple):
     cas_bytes: int
 
 
-class Restored(NamedTuple):
-    """``head`` was the next event's id in the backup, ``next`` is what it is now."""
+class Manifest(NamedTuple):
+    """What ``backup.json`` says. ``sha256`` is by path, of the files that carry no checksums themselves."""
 
-    head: EventId
-    next: EventId
-    db_bytes: int
-    cas_bytes: int
+    made: Backup
+    sha256: dict[str, str]
 
 
-def _silent(_what: str, _done: int, _total: int) -> None:
-    """Nobody watches."""
-
-
-def backup(db: Database, target: FilePath, *, progress: Progress = _silent) -> Backup:
+def backup(db: Database, target: FilePath, *, progress: Progress = silent) -> Backup:
     """Back up an open database and the ``cas`` folder beside it into the new folder ``target``.
 
-    Raises `StoreError` when the target exists or cannot be written, `StoreFull`.
+    Raises `StoreError` when the target exists, lies in the data directory or cannot be written, `StoreFull`.
     """
-    if target.exists():
-        raise StoreError(f"{target} exists already; name a folder that does not")
-    part = target.with_name(target.name + _PART)
-    with _translated(f"writing the backup {target}"):
-        _remove(part)
+    part = target.parent / f"{target.name}{PART}"
+    with translated(f"writing the backup {target}"):
+        _expect_new(target, db.path.parent)
+        _remove_leftover(part)
         part.mkdir(parents=True)
         try:
             db_bytes = _copy_database(db, part / "db", progress)
-            cas_bytes = _copy_tree(db.path.parent / "cas", part / "cas", "files", progress, link=True)
+            cas_bytes = copy_tree(db.path.parent / "cas", part / "cas", "files", progress, link=True)
             made = _describe(part, target, db_bytes, cas_bytes)
-            _write_synced(part / MANIFEST, json.dumps(made._asdict(), indent=2) + "\n")
+            said = {**made._asdict(), _SHA256: _sums(part / "db")}
+            write_synced(part / MANIFEST, json.dumps(said, indent=2) + "\n")
+            sync_tree(part)
             part.rename(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         except BaseException:
-            _remove(part)
+            remove(part)
             raise
     return made
+
+
+def _expect_new(target: FilePath, data_dir: FilePath) -> None:
+    if target.exists():
+        raise StoreError(f"{target} exists already; name a folder that does not")
+    if lies_in(target, data_dir):
+        raise StoreError(f"{target} lies in the data directory {data_dir}; name a folder elsewhere")
+
+
+def _remove_leftover(part: FilePath) -> None:
+    """Removes what a killed backup left, and nothing else."""
+    if not part.exists():
+        return
+    if not part.is_dir() or {entry.name for entry in part.iterdir()} - {"db", "cas", MANIFEST}:
+        raise StoreError(
+            f"{part} is in the way and is no leftover of a backup; move it, or name another folder"
+        )
+    remove(part)
+
+
+def remove_staging(data_dir: FilePath) -> None:
+    """Removes checkpoints that killed backups left beside the database, whose lock the caller holds."""
+    for stale in data_dir.glob(f"{_STAGING}*"):
+        with translated(f"removing {stale}"):
+            remove(stale)
 
 
 def _copy_database(db: Database, target: FilePath, progress: Progress) -> int:
     """A checkpoint, made beside the database, where it is but links, and moved or copied from there: a
     checkpoint over the border of file systems would copy within RocksDB, which holds the GIL."""
-    for stale in db.path.parent.glob(f"{_STAGING}*"):
-        _remove(stale)
+    remove_staging(db.path.parent)
     staging = db.path.parent / f"{_STAGING}{os.getpid()}"
     try:
         db.checkpoint(staging)
@@ -101,10 +121,10 @@ def _copy_database(db: Database, target: FilePath, progress: Progress) -> int:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            return _copy_tree(staging, target, "database", progress)
-        return sum(file.stat().st_size for file in _files(target))
+            return copy_tree(staging, target, "database", progress)
+        return sum(file.stat().st_size for file in files(target))
     finally:
-        _remove(staging)
+        remove(staging)
 
 
 def _describe(part: FilePath, target: FilePath, db_bytes: int, cas_bytes: int) -> Backup:
@@ -113,162 +133,57 @@ def _describe(part: FilePath, target: FilePath, db_bytes: int, cas_bytes: int) -
         version = format_version(copy)
         if version is None:
             raise StoreCorrupt(f"{part}: the database has no format version (cursors: format)")
-        return Backup(str(target), _now_us(), version.written, _head(copy)[0], db_bytes, cas_bytes)
+        return Backup(str(target), now_us(), version.written, head_of(copy)[0], db_bytes, cas_bytes)
 
 
-def _head(db: Database) -> tuple[EventId, int]:
+def _sums(database: FilePath) -> dict[str, str]:
+    """The digests of the small files beside the tables: a flipped bit in the log or the manifest of RocksDB
+    may pass for the end of it."""
+    found = (path for path in files(database) if path.suffix != _TABLE)
+    return {str(path.relative_to(database.parent)): sha256_of(path) for path in found}
+
+
+def head_of(db: Database) -> tuple[EventId, Micros]:
+    """The id of the next event and the time of the last one."""
     stored = db.get(CURSORS, keyspaces.HEAD)
     return (1, 0) if stored is None else (stored[0], stored[1])
 
 
-def _now_us() -> Micros:
+def now_us() -> Micros:
     return time.time_ns() // 1000
 
 
-def restore(
-    source: FilePath,
-    data_dir: FilePath,
-    *,
-    progress: Progress = _silent,
-    clock: Callable[[], Micros] = _now_us,
-) -> Restored:
-    """Make ``data_dir`` of a backup, which stays as it is. Raises `StoreError` when it is not empty or the
-    clock is before the backup, and `StoreCorrupt` when the backup does not hold what its manifest says."""
-    said = _manifest(source)
-    skipped = _skipped(source, clock() - said.time_us)
-    part = data_dir / f"restore{_PART}"
-    with _translated(f"restoring into {data_dir}"):
-        data_dir.mkdir(parents=True, exist_ok=True)
-        if any(entry.name not in (part.name, "lost+found") for entry in data_dir.iterdir()):
-            raise StoreError(f"{data_dir} is not empty; restore into a new data_dir")
-        _remove(part)
-        part.mkdir()
-        db_bytes = _copy_tree(source / "db", part / "db", "database", progress)
-        cas_bytes = _copy_tree(source / "cas", part / "cas", "files", progress)
-        head, following, written = _move_ids(part / "db", skipped)
-        _compare(source, said, said._replace(format=written, db_bytes=db_bytes, cas_bytes=cas_bytes))
-        if (part / "cas").exists():
-            (part / "cas").rename(data_dir / "cas")
-        (part / "db").rename(data_dir / "db")
-        part.rmdir()
-        _sync_folder(data_dir)
-    return Restored(head, following, db_bytes, cas_bytes)
-
-
-def _manifest(source: FilePath) -> Backup:
+def read_manifest(source: FilePath) -> Manifest:
+    """What the backup ``source`` says of itself. Raises `StoreError` when it is none, `StoreCorrupt`."""
+    path = source / MANIFEST
     try:
-        fields = json.loads((source / MANIFEST).read_text())
-    except FileNotFoundError as error:
-        raise StoreError(f"{source} is no backup: it has no {MANIFEST}") from error
+        fields = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        why = f"it has no {MANIFEST}" if source.is_dir() else "there is no such folder"
+        raise StoreError(f"{source} is no backup: {why}") from error
     except (OSError, ValueError) as error:
-        raise StoreCorrupt(f"{source / MANIFEST} cannot be read: {error}") from error
+        raise StoreCorrupt(f"{path} cannot be read: {error}") from error
     try:
-        said = Backup(**fields)
-    except TypeError as error:
-        raise StoreCorrupt(f"{source / MANIFEST} is no manifest of a backup: {error}") from error
-    if not all(isinstance(value, int) for value in said[1:]):
-        raise StoreCorrupt(f"{source / MANIFEST} is no manifest of a backup: a number is not one")
-    return said
+        sums = fields.pop(_SHA256, {})
+        made = Backup(**fields)
+    except (TypeError, AttributeError) as error:
+        raise StoreCorrupt(f"{path} is no manifest of a backup: {error}") from error
+    for name, value in made._asdict().items():
+        _expect(path, isinstance(value, str if name == _TEXT else int), f"{name} is {value!r}")
+    _expect(path, _are_sums(sums), f"{_SHA256} is no table of digests")
+    return Manifest(made, sums)
 
 
-def _compare(source: FilePath, said: Backup, found: Backup) -> None:
-    for name in ("format", "db_bytes", "cas_bytes"):
-        theirs, ours = getattr(said, name), getattr(found, name)
-        if theirs != ours:
-            raise StoreCorrupt(
-                f"{source}: the backup is damaged or was changed: {name} is {ours}, {MANIFEST} says {theirs}"
-            )
+def _expect(path: FilePath, true: bool, why: str) -> None:
+    if not true:
+        raise StoreCorrupt(f"{path} is no manifest of a backup: {why}")
 
 
-def _skipped(source: FilePath, age_us: int) -> int:
-    """The ids to leave out: others for every restore of the backup, as long as a minute lies between."""
-    if age_us < 0:
-        raise StoreError(f"{source}: the clock is before the backup's time; set the clock, then try again")
-    return RESTORE_IDS * (1 + age_us // _MINUTE_US)
-
-
-def _move_ids(path: FilePath, skipped: int) -> tuple[EventId, EventId, int]:
-    """Lets event ids go on above all that may have been given out since, over an announced hole. Returns
-    the next id, before and now, and the format."""
-    with Database.open_unchecked(path, memory_mib=32) as db:
-        version = format_version(db)
-        if version is None:
-            raise StoreCorrupt(f"{path}: the backup has no format version (cursors: format)")
-        head, time_us = _head(db)
-        following = head + skipped
-        if following >= _IDS:
-            raise StoreError(f"{path}: event ids would go on at {following}, and none may reach 2^53")
-        rows = {
-            keyspaces.HEAD: [following, time_us],
-            f"{keyspaces.HOLE}{head}": following,
-            keyspaces.RESERVE: following,
-            keyspaces.CLEAN: 1,  # the hole above covers what a power cut would have taken
-        }
-        changes = [(CURSORS.name, name.encode(), pack(value)) for name, value in rows.items()]
-        RawRows(db).commit(changes, sync=True)
-        return head, following, version.written
-
-
-# ---- files
-
-
-def _files(folder: FilePath) -> Iterator[FilePath]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _copy_tree(
-    source: FilePath, target: FilePath, what: str, progress: Progress, *, link: bool = False
-) -> int:
-    """Copy, or link where that is possible, every file but temporary ones; returns their bytes."""
-    files = [path for path in _files(source) if path.suffix != _TEMP]
-    total, done = sum(path.stat().st_size for path in files), 0
-    for path in files:
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not (link and _linked(path, place)):
-            shutil.copy2(path, place)
-            with place.open("rb+") as file:
-                os.fsync(file.fileno())
-        done += path.stat().st_size
-        progress(what, done, total)
-    return done
-
-
-def _linked(path: FilePath, place: FilePath) -> bool:
-    try:
-        place.hardlink_to(path)
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            return False
-        raise
-    return True
-
-
-def _write_synced(path: FilePath, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: FilePath) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(folder: FilePath) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFull(f"{what}: the disk is full; free some space and try again") from error
-        raise StoreError(f"{what}: {error.strerror or error}") from error
+def _are_sums(sums: Any) -> bool:
+    """Whether these are digests of files inside the backup's ``db``."""
+    if not isinstance(sums, dict):
+        return False
+    return all(
+        isinstance(digest, str) and name.startswith("db/") and ".." not in FilePath(name).parts
+        for name, digest in sums.items()
+    )

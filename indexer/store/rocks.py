@@ -24,6 +24,9 @@ _DICTIONARY: Final = 32 * 1024
 _ZSTD_LEVEL: Final = 3
 _COLLECTOR: Final = (10_000, 3_000, 0.3)  # window, tombstones that trigger, share of them
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+#: How the message of a damaged database ends.
+RESTORE_ADVICE: Final = "; restore a backup"
+_CORRUPTION: Final = "Corruption: "
 _FILES_AT_ONCE: Final = 256  # open files left to sockets, spools and the rest
 
 
@@ -116,8 +119,9 @@ def _open_files() -> int:
 
 
 def translate(error: Exception, what: str) -> StoreError:
-    """Our error for one of RocksDB's. Its text begins with the status; paths in it may hold any word."""
-    text = str(error)
+    """Our error for one of RocksDB's. Its text begins with the status, at times twice, and may have several
+    lines; paths in it may hold any word."""
+    text = " ".join(str(error).split())
     full = isinstance(error, OSError) and error.errno in _FULL
     if full or text.startswith("IO error: No space left") or text.endswith(": No space left on device"):
         return StoreFull(f"{what}: the disk is full; free some space and start again ({text})")
@@ -125,8 +129,10 @@ def translate(error: Exception, what: str) -> StoreError:
         return StoreBusy(f"{what}: the store asks for patience: {text}")
     if text.startswith(("IO error: lock hold by", "IO error: While lock file")):
         return StoreLocked(f"{what}: another process holds the database; stop it first ({text})")
-    if text.startswith("Corruption"):
-        return StoreCorrupt(f"{what}: the database is damaged: {text}; restore a backup")
+    if text.startswith(_CORRUPTION):
+        while text.startswith(_CORRUPTION):
+            text = text.removeprefix(_CORRUPTION)
+        return StoreCorrupt(f"{what}: the database is damaged: {text}{RESTORE_ADVICE}")
     return StoreError(f"{what}: {text}")
 
 

@@ -19,12 +19,14 @@ from indexer.store import backup as backups
 from indexer.store.archives import Archives
 from indexer.store.check import check
 from indexer.store.database import Database
+from indexer.store.restore import RESTORE_IDS, restore
 from tests.serve.node import ALICE, BOB, POST, fill, load_car, messages, put, running
 
 
 async def test_a_backup_is_made_while_records_come_in(tmp_path: Path) -> None:
     async with running(tmp_path / "data") as node:
         await fill(node, ALICE, [f"{POST}/{number}" for number in range(200)])
+        await fill(node, BOB, [])
         asked = asyncio.create_task(node.manage("POST", "/db/backup", json={"to": str(tmp_path / "copy")}))
         written = 0
         while not asked.done():
@@ -34,7 +36,7 @@ async def test_a_backup_is_made_while_records_come_in(tmp_path: Path) -> None:
         assert status == 200
         assert made["path"] == str(tmp_path / "copy")
         assert 201 <= made["head"] <= node.writer.head
-    restored = backups.restore(tmp_path / "copy", tmp_path / "again")
+    restored = restore(tmp_path / "copy", tmp_path / "again")
     assert restored.head == made["head"]
     with Database.open(tmp_path / "again" / "db") as db:
         assert check(db).problems == []
@@ -145,8 +147,8 @@ async def test_a_stream_over_a_restore_goes_on_and_tells_of_the_hole(tmp_path: P
         await fill(node, ALICE, [f"{POST}/a", f"{POST}/b"])
         backups.backup(node.services.db, tmp_path / "copy")
         await fill(node, ALICE, [f"{POST}/c"])  # event 3, lost with the old machine
-    restored = backups.restore(tmp_path / "copy", tmp_path / "again")
-    assert restored.next >= 3 + backups.RESTORE_IDS
+    restored = restore(tmp_path / "copy", tmp_path / "again")
+    assert restored.next >= 3 + RESTORE_IDS
     async with running(tmp_path / "again") as node:
         await node.writer.run("test", lambda tx: put(tx, ALICE, f"{POST}/new"))
         for cursor in (3, 4):  # readers that had, or had not, seen the lost event

@@ -29,6 +29,7 @@ from indexer.commands.demo.network import SimulatedNetwork
 from indexer.commands.demo.reader import CheckingReader, Fold
 from indexer.commands.demo.report import greet, one_line, read, summarise
 from indexer.commands.demo.table import Rates, render
+from indexer.commands.paths import NamedPath
 from indexer.commands.run import run_until_signal
 from indexer.config import LogSettings, Settings, load, parse_bind
 from indexer.daemon import Daemon
@@ -47,6 +48,7 @@ class Options:
     as_json: bool
     ephemeral: bool
     data_dir: Path | None
+    archive: bool
     seed: int
     accounts: int
     rate: float
@@ -69,7 +71,13 @@ def _address(_context: click.Context, _option: click.Parameter, value: str) -> s
 )
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--ephemeral", is_flag=True, help="Keep no records, only the log within its retention.")
-@click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Keep the data here.")
+@click.option(
+    "--data-dir",
+    type=NamedPath(file_okay=False),
+    metavar="DIR",
+    help="Keep the data in DIR: DIR/index is the daemon's data directory, DIR/network the network's state.",
+)
+@click.option("--archive", is_flag=True, help="Keep the CARs that are fetched (archive.cars).")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the simulated network.")
 @click.option(
     "--accounts", type=click.IntRange(1), default=60, show_default=True, help="Accounts at the start."
@@ -158,6 +166,7 @@ def _settings(options: Options, data_dir: Path, network: SimulatedNetwork) -> Se
             "gc": {"checkpoint_interval": "2s", "ttl_interval": "2s", "blocks_interval": "2s"},
             "events": {"retention": options.retention},
             "ephemeral": {"enabled": options.ephemeral},
+            "archive": {"cars": options.archive},
         },
     )
 
