@@ -18,9 +18,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Final, NamedTuple
+from typing import Final
 
-from indexer.atproto import syntax
 from indexer.atproto.cid import DAG_CBOR_PREFIX, format_cid
 from indexer.atproto.mst import load_node, root_layer
 from indexer.atproto.node import (
@@ -34,21 +33,13 @@ from indexer.atproto.node import (
     shown,
     split_node,
 )
+from indexer.atproto.ops import Op
+from indexer.atproto.shortcut import proves
 from indexer.atproto.types import Cid, Path
-from indexer.errors import CommitError, MissingBlock, MstError, SyntaxInvalid
+from indexer.errors import MissingBlock, MstError
 
-MAX_OPS: Final = 200
 #: Nodes decoded for one inversion: 200 operations, each with a way down, a split and two edges of 20 layers.
 MAX_LOADS: Final = 16_384
-
-
-class Op(NamedTuple):
-    """One operation of a commit: ``cid`` is the new record (None: deleted), ``prev`` the old (None: new)."""
-
-    action: str
-    path: Path
-    cid: Cid | None
-    prev: Cid | None
 
 
 class _Part:
@@ -83,44 +74,24 @@ class _Part:
 _Kid = Cid | _Part | None
 
 
-def check_ops(ops: Sequence[Op], max_ops: int = MAX_OPS) -> None:
-    """Raise `CommitError` unless the operations are well-formed and name no path twice."""
-    if len(ops) > max_ops:
-        raise CommitError(f"{len(ops)} operations, more than {max_ops}", reason="ops_count")
-    for op in ops:
-        fault = _op_fault(op)
-        if fault:
-            raise CommitError(f"operation {op.action!r} on {op.path!r}: {fault}"[:300], reason="ops")
-    if len({op.path for op in ops}) != len(ops):
-        raise CommitError("two operations on one path", reason="ops")
-
-
-def _op_fault(op: Op) -> str:
-    try:
-        syntax.check_path(op.path)
-    except SyntaxInvalid as error:
-        return str(error)
-    match op.action:
-        case "create":
-            fine, rule = op.cid is not None and op.prev is None, "a create has a cid and no prev"
-        case "update":
-            fine = op.cid is not None and op.prev is not None and op.cid != op.prev
-            rule = "an update has a cid and another prev"
-        case "delete":
-            fine, rule = op.cid is None and op.prev is not None, "a delete has a prev and no cid"
-        case _:
-            fine, rule = False, "unknown action"
-    return "" if fine else rule
-
-
-def invert(root: Cid, blocks: Mapping[Cid, bytes], ops: Sequence[Op], expected: Cid | None = None) -> Cid:
+def invert(
+    root: Cid,
+    blocks: Mapping[Cid, bytes],
+    ops: Sequence[Op],
+    expected: Cid | None = None,
+    *,
+    valid_base: bool = False,
+) -> Cid:
     """The root before ``ops``, from the root after them and the nodes in ``blocks`` (hashes checked).
 
     Two orders are tried, since a partial tree that suffices for one may not for the other: deletes first,
     each group by path; then the message backwards. `MissingBlock`: the nodes do not suffice. `MstError`, with
     reason ``ops``: the tree does not hold what the operations say; ``mst``: it breaks a rule; ``inversion``:
-    ``expected`` is given and the result is another root.
+    ``expected`` is given and the result is another root. ``valid_base``: the tree at ``expected`` is known to
+    be valid as a whole, should the result be that root, so that most commits can be proven the short way.
     """
+    if valid_base and expected is not None and proves(root, blocks, ops, expected):
+        return expected
     ordered = sorted(ops, key=_sorted_order)
     try:
         return _Inversion(root, blocks).run(ordered, expected)

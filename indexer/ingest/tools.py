@@ -79,4 +79,5 @@ class IngestTools:
     def limits(self) -> VerifyLimits:
         """Bounds for frames that are verified now."""
         newest = int((self.clock() + self.settings.ingest.max_future) * 1_000_000)
-        return VerifyLimits(tid_from_micros(newest, _LAST_CLOCK))
+        # In ephemeral mode any commit may become the base of what follows.
+        return VerifyLimits(tid_from_micros(newest, _LAST_CLOCK), valid_base=not self.db.mode.ephemeral)

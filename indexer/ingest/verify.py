@@ -20,8 +20,9 @@ from indexer.atproto.cid import DAG_CBOR_PREFIX, RAW_PREFIX
 from indexer.atproto.commit import Commit, check_signature, decode_commit
 from indexer.atproto.dagcbor import MAX_RECORD_BYTES, check_record
 from indexer.atproto.frames import MAX_BLOCKS_BYTES, CommitFrame, SyncFrame, decode_frame
-from indexer.atproto.invert import Op, check_ops, invert
+from indexer.atproto.invert import invert
 from indexer.atproto.mst import EMPTY_ROOT
+from indexer.atproto.ops import Op, check_ops
 from indexer.atproto.types import Cid, Did, DidKey, Path, Rev
 from indexer.errors import BadInput, FrameError, MissingBlock, MstError, RecordInvalid
 from indexer.store.codecs import INVALID, OVERSIZE, FrameKind
@@ -38,7 +39,6 @@ _TREE_FAULTS: Final = {"ops": (15, "ops"), "inversion": (17, "inversion")}
 _CAR_LIMITS: Final = Limits(
     max_bytes=MAX_BLOCKS_BYTES, max_block=MAX_BLOCKS_BYTES, max_blocks=MAX_BLOCKS_BYTES
 )
-_PREFIXES: Final = (DAG_CBOR_PREFIX, RAW_PREFIX)
 
 #: (action, path, CID or None, start, end, flags): the record is ``frame.blocks[start:end]``.
 VerifiedOp: TypeAlias = tuple[str, Path, Cid | None, int, int, int]
@@ -79,10 +79,15 @@ class Verdict(NamedTuple):
 
 
 class VerifyLimits(NamedTuple):
-    """Bounds of a batch. ``max_rev`` is the newest rev that is not in the future (row 7)."""
+    """Bounds of a batch. ``max_rev`` is the newest rev that is not in the future (row 7).
+
+    ``valid_base``: a commit only counts on top of a tree that was verified as a whole (row 13, which is the
+    writer's); not so in ephemeral mode, where any commit may become the base.
+    """
 
     max_rev: Rev
     max_record_bytes: int = MAX_RECORD_BYTES
+    valid_base: bool = True
 
 
 Spans: TypeAlias = dict[Cid, Span]
@@ -220,12 +225,15 @@ def _plain_blocks(blocks: bytes, at: int) -> tuple[Spans, Blocks] | None:
             cid = blocks[at : at + 36]
             at += 36
             block = blocks[at:end]
-            if end > size or cid[:4] not in _PREFIXES or sha256(block).digest() != cid[4:]:
+            digest = sha256(block).digest()
+            if DAG_CBOR_PREFIX + digest != cid and RAW_PREFIX + digest != cid:
                 return None
             spans[cid] = (at, end)
             content[cid] = block
             at = end
     except IndexError:
+        return None
+    if at != size:
         return None
     return spans, content
 
@@ -251,7 +259,9 @@ def _verified_ops(frame: CommitFrame, signed: Signed, limits: VerifyLimits) -> t
             _reject(15, "record_missing", f"the record of {op.path} is not in the CAR")
     try:
         # The first commit of an account has no prevData: it follows the empty tree.
-        invert(signed.commit.data, content, ops, frame.prev_data or EMPTY_ROOT)
+        # The empty tree in its place is a guess, of which nobody has looked at anything.
+        base, known = (frame.prev_data, limits.valid_base) if frame.prev_data else (EMPTY_ROOT, False)
+        invert(signed.commit.data, content, ops, base, valid_base=known)
     except MissingBlock as error:
         _desync(17, "insufficient", error)
     except MstError as error:
