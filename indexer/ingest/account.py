@@ -12,7 +12,7 @@ from functools import lru_cache
 from urllib.parse import urlsplit
 
 from indexer.atproto.types import Micros
-from indexer.store.codecs import AccountStatus, AccountWord, RepoRow, SyncState
+from indexer.store.codecs import AccountStatus, AccountWord, RepoRow, SyncState, Work
 
 #: Source of the word that `getRepoStatus` on the account's PDS gave us.
 CHECKED = "getRepoStatus"
@@ -97,13 +97,16 @@ def effective(words: Sequence[AccountWord], pds: str) -> AccountStatus:
 
 
 def with_status(row: RepoRow, status: AccountStatus, now_us: Micros, *, ephemeral: bool) -> RepoRow:
-    """The row under its new status. Active again: fetched if anything was missed meanwhile."""
+    """The row under its new status. Active again: fetched if anything was missed meanwhile.
+
+    Frames of an account that is not active may never have been sent to us: its host is asked for its rev.
+    """
     row = row._replace(status=status)
     if not status.active:
         return row if row.state is SyncState.BACKFILLING else row._replace(due=0)
     if ephemeral or row.state is SyncState.BACKFILLING:
         return row
     if row.state is SyncState.SYNCED and row.min_rev <= row.rev:
-        return row
+        return row._replace(work=row.work | Work.COMPARE_REV)
     state = SyncState.DESYNCHRONIZED if row.state is SyncState.SYNCED else row.state
     return row._replace(state=state, due=row.due or now_us)

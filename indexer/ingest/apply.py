@@ -7,16 +7,16 @@ network becomes a `Work` flag in the row and a wake-up for `identities`.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from indexer.atproto.frames import AccountFrame, CommitFrame, IdentityFrame, SyncFrame
-from indexer.atproto.types import Did, DidKey, Seq
+from indexer.atproto.types import Did, DidKey, Rev, Seq
 from indexer.identity.resolver import INVALID_HANDLE, Identity
 from indexer.ingest.account import has_authority, is_stale, micros_of, status_of
 from indexer.ingest.filters import Filters
 from indexer.ingest.machine import LABELS, Act, Decision, Situation, decide, desynchronized
 from indexer.ingest.tools import IngestTools
-from indexer.ingest.verify import COMMIT, SYNC, Verdict
+from indexer.ingest.verify import COMMIT, SYNC, Verdict, verify_frame
 from indexer.ingest.words import with_words
 from indexer.store.codecs import (
     NEW_REPO,
@@ -60,6 +60,10 @@ class Wake(Protocol):
 
 
 _UNWANTED = Result(Act.DROP, "unwanted")
+#: The lexicon's bound for `blocks` of a `#sync`; relays enforce the one of commits, so more is only counted.
+SYNC_BLOCKS_BYTES: Final = 10_000
+#: Frames of an overflowing buffer that are looked at for the newest rev that a signature vouches for.
+_VOUCHED_TRIES: Final = 8
 
 
 class Applier:
@@ -85,6 +89,8 @@ class Applier:
         if verdict is None or arrival.key != row.signing_key:
             self._tools.routes.forget(did)
             return self._unverified(tx, arrival, row)
+        if arrival.kind == SYNC and len(arrival.frame.blocks) > SYNC_BLOCKS_BYTES:
+            tx.add_count(f"ingest/{arrival.source}/note/sync_blocks", 1)
         waiting = row.work != 0 and bool(row.work & Work.RESOLVE) and tx.buffer_size(did)[0] > 0
         trusted = has_authority(arrival.source, row.pds)
         situation = Situation(tx.now_us, self.ephemeral, waiting, False, trusted, fresh)
@@ -158,15 +164,27 @@ class Applier:
 
     def _buffer(self, tx: Transaction, arrival: Arrival, row: RepoRow, *, vouched: bool) -> RepoRow:
         """Keeps the frame; at the limit the buffer goes and only a fetch newer than it will do."""
-        rev = arrival.frame.rev
-        if tx.buffer_frame(arrival.did, rev, arrival.kind, arrival.source, arrival.data):
+        if tx.buffer_frame(arrival.did, arrival.frame.rev, arrival.kind, arrival.source, arrival.data):
             return row
+        rev = self._newest_vouched(tx, arrival, row, arrival.frame.rev if vouched else "")
         tx.drop_buffered(arrival.did)
         tx.add_count(f"ingest/{arrival.source}/drop/buffer_full", 1)
         if row.state is SyncState.BACKFILLING and vouched:
             return row._replace(min_rev=max(row.min_rev, rev))
         situation = Situation(tx.now_us, ephemeral=self.ephemeral)
-        return desynchronized(row, "buffer_full", situation, rev if vouched else "")
+        return desynchronized(row, "buffer_full", situation, rev)
+
+    def _newest_vouched(self, tx: Transaction, arrival: Arrival, row: RepoRow, rev: Rev) -> Rev:
+        """The newest of ``rev`` and the revs in the buffer that is about to go, as far as signatures vouch.
+
+        Another source may be ahead of this one: what it sent would be missed by a fetch up to ``rev``.
+        """
+        newer = [waiting for waiting in tx.buffered(arrival.did) if waiting.rev > rev]
+        for waiting in reversed(newer[-_VOUCHED_TRIES:] if row.signing_key else []):
+            verdict = verify_frame(waiting.data, row.signing_key, self._tools.limits())
+            if verdict.signed and has_authority(waiting.source, row.pds):
+                return waiting.rev
+        return rev
 
     def failed(self, tx: Transaction, arrival: Arrival, error: Exception) -> None:
         """Stands in for a step that raised: the frame is set aside, its repository fetched anew."""

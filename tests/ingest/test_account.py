@@ -16,7 +16,7 @@ from indexer.ingest.account import (
     with_status,
 )
 from indexer.ingest.identities import read_latest
-from indexer.store.codecs import NEW_REPO, AccountStatus, AccountWord, RepoRow, SyncState
+from indexer.store.codecs import NEW_REPO, AccountStatus, AccountWord, RepoRow, SyncState, Work
 
 A, D, T, X = (
     AccountStatus.ACTIVE, AccountStatus.DEACTIVATED, AccountStatus.TAKENDOWN, AccountStatus.DELETED,
@@ -125,6 +125,7 @@ def test_active_again_is_fetched_if_something_was_missed(row: RepoRow, state: Sy
     hidden = row._replace(status=D)
     again = with_status(hidden, A, 7, ephemeral=False)
     assert (again.status, again.state, again.due) == (A, state, due)
+    assert bool(again.work & Work.COMPARE_REV) is (state is SyncState.SYNCED)
     assert with_status(hidden, A, 7, ephemeral=True) == hidden._replace(status=A)
 
 

@@ -154,7 +154,7 @@ async def test_a_toggling_account_is_asked_about_at_a_pace(
             seq = net.seq
             await node.until(lambda seq=seq: node.seqs() == [seq])  # type: ignore[misc]
         await node.until(lambda: forge.did in node.ingest._due._waiting)
-        assert asked == [forge.did]
+        assert asked in ([forge.did], [forge.did] * 2)  # its status, and its rev for having come back
 
 
 def row_of_rev(node: Node, forge: Forge) -> bool:

@@ -1,0 +1,93 @@
+"""What was never sent, or was dropped for want of room, is missed by nobody for good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from indexer.atproto.frames import decode_frame
+from indexer.atproto.types import Rev
+from indexer.ingest.apply import SYNC_BLOCKS_BYTES, Arrival, Result
+from indexer.ingest.machine import Act
+from indexer.ingest.verify import VerifyLimits, verify_frame
+from indexer.simulator.cbor import block_cid
+from indexer.simulator.wire import car
+from indexer.store.codecs import AccountStatus, RepoRow, SyncState
+from indexer.store.transaction import Transaction
+from tests.ingest.forge import FAR_FUTURE, Forge, Parts
+from tests.ingest.node import Node
+from tests.ingest.test_pipeline import count, holds, row_of, world
+
+
+async def test_an_account_that_comes_back_is_fetched_though_nobody_sent_what_it_wrote_meanwhile(
+    tmp_path: Path,
+) -> None:
+    async with world() as net, net.node(tmp_path) as node:
+        forge = net.account()
+        net.send(forge.parts(), forge.posts(2))
+        await node.until(lambda: holds(node, forge))
+        net.network.accounts[forge.did] = {"status": "deactivated"}
+        net.send(net.plain(forge.status, False, "deactivated"))
+        await node.until(lambda: row_of(node, forge).status is AccountStatus.DEACTIVATED)
+        await node.until(lambda: row_of(node, forge).work == 0)
+        forge.posts(1)  # the relay does not forward commits of accounts that are not active
+        net.store(forge)
+        net.send(net.plain(forge.status, True))
+        await node.until(lambda: holds(node, forge))
+        assert count(node, "drop/inactive") == 0
+
+
+async def test_a_sync_frame_longer_than_the_lexicon_allows_is_taken_and_counted(tmp_path: Path) -> None:
+    async with world() as net, net.node(tmp_path) as node:
+        forge = net.account()
+        net.send(forge.parts(), forge.posts(1))
+        await node.until(lambda: holds(node, forge))
+        long = forge.sync()
+        forge.posts(0)  # the same tree under a newer rev
+        long = forge.sync()
+        stuffing = bytes(SYNC_BLOCKS_BYTES)
+        long.payload["blocks"] = car(
+            block_cid(long.commit()), [*long.blocks(), (block_cid(stuffing), stuffing)]
+        )
+        net.send(long)
+        await node.until(lambda: holds(node, forge))
+        assert count(node, "note/sync_blocks") == 1
+        assert count(node, "apply/sync") + count(node, "ok/sync") == 1
+
+
+async def test_a_dropped_buffer_is_made_up_for_by_a_fetch_as_new_as_its_newest_frame(tmp_path: Path) -> None:
+    async with world() as net, net.node(tmp_path, ingest={"buffer_frames_per_repo": 3}) as node:
+        forge = net.account()
+        net.send(forge.parts())
+        await node.until(lambda: holds(node, forge))
+        base = row_of(node, forge)
+        late, *ahead = [forge.posts(1) for _ in range(4)]
+        forged = forge.posts(1)
+        forged.payload["rev"] = FAR_FUTURE
+        fetching = base._replace(state=SyncState.BACKFILLING, due=1)
+
+        def step(tx: Transaction) -> tuple[list[Act], RepoRow, int]:
+            tx.set_repo(forge.did, fetching)
+            results = [arrive(node, tx, forge, parts, "ahead") for parts in ahead[:2]]
+            tx.buffer_frame(forge.did, forged.payload["rev"], "commit", "liar", forged.encode())
+            results.append(arrive(node, tx, forge, late, "behind"))
+            row = tx.repo(forge.did)
+            assert row is not None
+            waiting = tx.buffer_size(forge.did)[0]
+            tx.drop_buffered(forge.did)
+            tx.set_repo(forge.did, base)
+            return [result.act for result in results], row, waiting
+
+        acts, row, waiting = await node.writer.run("overflow", step)
+        assert acts == [Act.BUFFER] * 3
+        assert waiting == 0
+        assert (row.state, row.min_rev) == (SyncState.BACKFILLING, ahead[1].rev)
+
+
+def arrive(node: Node, tx: Transaction, forge: Forge, parts: Parts, source: str) -> Result:
+    """A verified frame on the writer."""
+    data = parts.encode()
+    frame = decode_frame(data)
+    newest: Rev = FAR_FUTURE
+    verdict = verify_frame(data, forge.key, VerifyLimits(newest))
+    arrival = Arrival(source, parts.seq, forge.did, frame, data, forge.key)  # type: ignore[arg-type]
+    return node.ingest.applier.frame(tx, arrival, verdict)
