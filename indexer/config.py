@@ -51,6 +51,7 @@ from indexer.setting_values import (
     check_lists,
     describe,
 )
+from indexer.setting_values import check_address as check_address
 from indexer.setting_values import parse_bind as parse_bind
 from indexer.setting_values import parse_duration as parse_duration
 

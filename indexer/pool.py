@@ -35,6 +35,8 @@ class Pool:
         self.workers = workers
         #: Times the processes had to be replaced because one of them died.
         self.restarts = 0
+        #: Whether the last call ended by the death of its process, twice.
+        self.failing = False
         self._executor: ProcessPoolExecutor | None = None
         self._suspect: ProcessPoolExecutor | None = None
         self._alone = asyncio.Lock()
@@ -51,9 +53,12 @@ class Pool:
             return await asyncio.to_thread(function, *args, **kwargs)
         executor = self._live()
         try:
-            return await asyncio.wrap_future(executor.submit(function, *args, **kwargs))
+            result = await asyncio.wrap_future(executor.submit(function, *args, **kwargs))
         except BrokenProcessPool:
             self._replace(executor)
+        else:
+            self.failing = False
+            return result
         return await self._run_alone(function, *args, **kwargs)
 
     async def _run_alone(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -65,6 +70,7 @@ class Pool:
             try:
                 return await asyncio.wrap_future(executor.submit(function, *args, **kwargs))
             except BrokenProcessPool as error:
+                self.failing = True
                 name = getattr(function, "__qualname__", repr(function))
                 raise WorkerDied(f"a worker process died twice while it ran {name}") from error
             finally:
@@ -75,6 +81,13 @@ class Pool:
         """Starts every process now, so that the first work does not wait for imports."""
         if self.workers:
             await asyncio.gather(*(self.run(_nothing) for _ in range(self.workers)))
+
+    @property
+    def problem(self) -> str:
+        """Why no work can be done at the moment, "" when it can."""
+        if self._stopped:
+            return "stopped"
+        return "its processes die under their work" if self.failing else ""
 
     def pids(self) -> list[int]:
         """Process ids of the workers that run at this moment."""

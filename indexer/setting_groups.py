@@ -160,6 +160,13 @@ class IngestSettings(Section):
         60.0, gt=0, description="silence, pings included, after which a connection is dropped"
     )
     reconnect_max: Duration = Field(60.0, gt=0, description="longest wait between connection attempts")
+    retry_after_max: Duration = Field(
+        3600.0, description="longest wait that an upstream may ask for by Retry-After"
+    )
+    max_sources: int = Field(256, ge=1, description="upstreams followed at one time, settings included")
+    ready_sources: Literal["none", "any", "all"] = Field(
+        "any", description="upstreams that must be connected for `/readyz` to say yes"
+    )
     buffer_frames_per_repo: int = Field(1000, ge=1, description="frames that wait for one repository")
     buffer_kib_per_repo: int = Field(16384, ge=1, description="KiB that wait for one repository")
     buffer_mib: int = Field(1024, ge=1, description="MiB of waiting frames in total")
@@ -199,6 +206,13 @@ class ArchiveSettings(Section):
 
 class AuditSettings(Section):
     repos_per_minute: float = Field(4.0, ge=0, le=6000, description="repositories audited a minute; 0 is off")
+    rev_pages_per_s: float = Field(
+        2.0,
+        gt=0,
+        le=100,
+        description="listRepos pages read a second when revs are compared after a possible loss",
+    )
+    rev_max_pages: int = Field(100_000, ge=1, description="listRepos pages after which a comparison gives up")
 
 
 class XrpcSettings(Section):

@@ -29,6 +29,7 @@ from indexer.config import Settings
 from indexer.identity.http import HttpClient
 from indexer.identity.resolver import Resolver
 from indexer.ingest.account import PDS_PREFIX
+from indexer.ingest.controls import BACKFILL, paused_parts
 from indexer.ingest.filters import Filters
 from indexer.pool import Pool
 from indexer.store.archives import Archives
@@ -93,6 +94,7 @@ class Backfill:
         self._failure: BaseException | None = None
         self._stopping = False
         self._paused = ""
+        self._held = BACKFILL in paused_parts(db)
 
     # ---- the way in
 
@@ -137,6 +139,11 @@ class Backfill:
         self._wake.set()
         await self._cancel_jobs()
 
+    def pause(self, paused: bool, /) -> None:
+        """Begins no more fetches, or goes on; storing the decision is the caller's."""
+        self._held = paused
+        self.wake()
+
     async def _sleep(self) -> None:
         try:
             async with asyncio.timeout(POLL_S):
@@ -154,7 +161,7 @@ class Backfill:
 
     async def _dispatch(self) -> None:
         """Starts jobs while there are free workers and due repositories."""
-        if not self._has_space():
+        if not self._has_space() or self._held:
             return
         await self._postpone()
         if len(self._ready) < LOW_WATER:
@@ -255,7 +262,7 @@ class Backfill:
             "records_per_s": round(stats.records_per_s(), 1),
             "bytes": stats.bytes,
             "hosts": self._hosts.status(),
-            "paused": self._paused,
+            "paused": "operator" if self._held else self._paused,
         }
 
 

@@ -34,22 +34,26 @@ class Notices:
         self._logged = -INFO_LOG_S  # loop time
         self._unsaid = 0
 
-    def info(self, frame: InfoFrame) -> None:
+    def info(self, frame: InfoFrame) -> str:
+        """Counts it; the name that we know it by."""
         name = frame.name if frame.name in _INFOS else OTHER
         self._outcomes[f"info/{name}"] += 1
         now = asyncio.get_running_loop().time()
         if now - self._logged < INFO_LOG_S:
             self._unsaid += 1
-            return
+            return name
         log.warning(
             "upstream_info",
             upstream=self._upstream,
             name=frame.name[:SHOWN],
             message=(frame.message or "")[:SHOWN],
             not_logged=self._unsaid,
-            advice="frames were missed; broken chains are fetched anew" if name == "OutdatedCursor" else "",
+            advice="frames were missed; revs are compared, broken chains fetched anew"
+            if name == "OutdatedCursor"
+            else "",
         )
         self._unsaid, self._logged = 0, now
+        return name
 
     def refused(self, frame: ErrorFrame) -> UpstreamError:
         """The end of the connection that an error frame means, under a name that we know."""

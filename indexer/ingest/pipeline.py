@@ -25,13 +25,14 @@ from indexer.atproto.frames import (
     UnknownFrame,
     decode_frame,
 )
-from indexer.atproto.types import Did, DidKey, Micros, Seq
-from indexer.errors import FrameError, UpstreamError, WorkerDied
+from indexer.atproto.types import Did, DidKey, Seq
+from indexer.errors import FrameError, IndexerError, UpstreamError, WorkerDied
 from indexer.identity.resolver import Identity
 from indexer.ingest.account import micros_of
 from indexer.ingest.apply import Applier, Arrival, Result, label
 from indexer.ingest.machine import Act
 from indexer.ingest.notices import Notices
+from indexer.ingest.position import OUTDATED_CURSOR, Position
 from indexer.ingest.source import SHOWN, Upstream, lag_s
 from indexer.ingest.suspects import WORKER_DIED, verified
 from indexer.ingest.tools import IngestTools
@@ -40,10 +41,6 @@ from indexer.store.transaction import Transaction
 
 log = structlog.get_logger()
 
-#: A replay from our cursor may repeat this many sequence numbers at most; more means a reset stream.
-OVERLAP = 1
-#: A jump of this much in the frames' own time across a reconnect means that frames may be lost.
-LOSS_US = 60 * 1_000_000
 #: Times that a connection may end at one and the same cursor by a frame that cannot be read.
 UNREADABLE_TRIES = 3
 
@@ -80,12 +77,6 @@ class Pipeline:
         self._tools = tools
         self._applier = applier
         self._settings = tools.settings.ingest
-        self._cursor_name = f"upstream/{upstream.name}"
-        self._time_name = f"upstream_time/{upstream.name}"
-        self._stored: Seq = tools.db.cursor(self._cursor_name) or 0
-        self._stored_time: Micros = tools.db.cursor(self._time_name) or 0
-        self._live_tail = False  # our cursor lies in the upstream's future
-        self._tail: Seq = 0  # then: the newest seq of its new numbering, for this process
         self._last_seq: Seq = 0  # of this connection
         self._failed_at: tuple[Seq, int] = (-1, 0)
         self._open = Batch()
@@ -97,7 +88,9 @@ class Pipeline:
         self._ready = asyncio.Event()
         self._connected = False
         self._frames = 0
+        self._received = 0  # bytes
         self._outcomes: Counter[str] = Counter()
+        self.position = Position(upstream.name, tools, self._outcomes)
         self._last_time = ""
         self._error = ""
         self._notices = Notices(upstream.name, self._outcomes)
@@ -106,18 +99,17 @@ class Pipeline:
 
     async def settled(self) -> Seq | None:
         """Waits until everything received is committed and the disk has room; the cursor to continue from."""
-        self._flush()
         await self._tools.space.wait()
+        await self.drained()
+        await self.position.tell()
+        return self.position.resume_at
+
+    async def drained(self) -> None:
+        """Waits until everything received is committed."""
+        self._flush()
         while self._bytes:
             await self._change()
-        self._stored = self._tools.db.cursor(self._cursor_name) or 0
-        self._stored_time = self._tools.db.cursor(self._time_name) or 0
-        return self._resume_at or None
-
-    @property
-    def _resume_at(self) -> Seq:
-        """The cursor in the upstream's numbering of today; 0 without one."""
-        return self._tail if self._live_tail else self._stored
+        self.position.load()
 
     def opened(self) -> None:
         self._connected, self._error, self._last_seq = True, "", 0
@@ -125,6 +117,10 @@ class Pipeline:
     def closed(self, reason: str, message: str) -> None:
         self._connected, self._error = False, f"{reason}: {message[:SHOWN]}"
         self._outcomes[f"connection/{reason}"] += 1
+
+    def parted(self) -> None:
+        """The connection was ended by us, because we were told to."""
+        self._connected, self._error = False, ""
 
     async def receive(self, data: bytes) -> bool:
         """One binary message; true for a valid event.
@@ -134,16 +130,25 @@ class Pipeline:
         if not self._tools.space.is_set():
             raise UpstreamError("the disk is nearly full; free some space to go on", name="disk_floor")
         self._frames += 1
-        message = self._message(data)
+        self._received += len(data)
+        try:
+            message = self._message(data)
+        except IndexerError:
+            raise
+        except Exception as error:  # a fault of ours, which must not hold this upstream up for ever
+            log.error("intake_failed", upstream=self.upstream.name, exc_info=error)
+            message = self._malformed(data, FrameError(f"{type(error).__name__}: {error}", reason="intake"))
         if message is None:
             return False
         if message.seq <= self._last_seq:
             raise UpstreamError(f"seq {message.seq} after {self._last_seq}", name="seq_order")
         if not self._last_seq:
-            self._first(message)
+            self.position.first(message.seq, micros_of(message.time) if message.time else 0)
+        if self.position.alarmed:
+            await self.position.tell()
         self._last_seq = message.seq
-        if self._live_tail:
-            self._tail = message.seq
+        if self.position.renumbered:
+            self.position.tail = message.seq
         self._last_time = message.time or self._last_time
         await self._take(message)
         return message.valid
@@ -151,11 +156,16 @@ class Pipeline:
     def status(self) -> dict[str, Any]:
         """Figures for people: where the source stands and what became of its messages since the start."""
         return {
-            "url": self.upstream.name,
+            "name": self.upstream.name,
+            "url": self.upstream.url,
+            "is_pds": self.upstream.is_pds,
             "connected": self._connected,
-            "seq": self._last_seq or self._stored,
+            "cursor": self.position.stored,
+            "seq": self._last_seq or self.position.stored,
+            "renumbered": self.position.renumbered,
             "lag_s": round(lag_s(micros_of(self._last_time) if self._last_time else 0), 3),
             "frames": self._frames,
+            "bytes": self._received,
             "in_flight_bytes": self._bytes,
             "error": self._error,
             "outcomes": dict(self._outcomes),
@@ -190,7 +200,8 @@ class Pipeline:
                 return None
             return _dropped(frame.seq, "", data, "", "unknown_type")._replace(valid=False)
         if isinstance(frame, InfoFrame):
-            self._notices.info(frame)
+            if self._notices.info(frame) == "OutdatedCursor":
+                self.position.alarm(OUTDATED_CURSOR)
             return None
         raise self._refused(frame)
 
@@ -229,7 +240,7 @@ class Pipeline:
         """Rows 0–2: the end of the connection, or of this message alone."""
         seq, did = error.seq, error.did or ""
         if error.fatal:
-            at = self._last_seq or self._resume_at
+            at = self._last_seq or self.position.resume_at or 0
             tries = self._failed_at[1] + 1 if self._failed_at[0] == at else 1
             self._failed_at = (at, tries)
             if tries < UNREADABLE_TRIES:
@@ -248,24 +259,8 @@ class Pipeline:
     def _refused(self, frame: ErrorFrame) -> UpstreamError:
         error = self._notices.refused(frame)
         if error.name == "FutureCursor":
-            # Following goes on at the live tail; the stored cursor stays for an operator to judge.
-            log.error("future_cursor", upstream=self.upstream.name, cursor=self._resume_at)
-            self._live_tail, self._tail = True, 0
+            self.position.future_cursor()
         return error
-
-    def _first(self, message: Message) -> None:
-        """Looks at a connection's first message for a reset stream or a loss, which servers do not tell."""
-        cursor = self._resume_at
-        if not cursor:
-            return
-        if message.seq <= cursor - OVERLAP:
-            self._outcomes["note/stream_reset"] += 1
-            log.error("stream_reset", upstream=self.upstream.name, cursor=cursor, first=message.seq)
-        elif message.seq > cursor + 1 and self._stored_time:
-            jump = micros_of(message.time) - self._stored_time if message.time else 0
-            if jump > LOSS_US:
-                self._outcomes["note/possible_loss"] += 1
-                log.warning("possible_loss", upstream=self.upstream.name, seconds=round(jump / 1e6))
 
     # ---- batches
 
@@ -342,7 +337,7 @@ class Pipeline:
         messages = batch.messages
         last_time = next((micros_of(message.time) for message in reversed(messages) if message.time), 0)
         if last_time:
-            steps.append(lambda tx: tx.set_cursor(self._time_name, last_time))
+            steps.append(lambda tx: tx.set_cursor(self.position.time_name, last_time))
 
         def rescue(index: int, error: Exception) -> Callable[[Transaction], None]:
             return self._rescue(messages[index], error)
@@ -385,8 +380,8 @@ class Pipeline:
         name = label(result)
         self._outcomes[name] += 1
         tx.add_count(f"ingest/{self.upstream.name}/{name}", 1)
-        if message.seq > self._stored:
-            tx.set_cursor(self._cursor_name, message.seq)
+        if message.seq > self.position.stored:
+            tx.set_cursor(self.position.cursor_name, message.seq)
 
 
 def _dropped(seq: Seq, did: Did, data: bytes, time: str, reason: str) -> Message:

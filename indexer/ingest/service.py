@@ -1,7 +1,8 @@
 """Ingest as one part: built, run, told of new filters, asked for its state, stopped.
 
-Owns the tasks of all upstreams and of due work, and how they end: a task that fails takes the others and
-the caller of `run` with it. Event loop only.
+Owns the tasks of the upstreams as a whole (`sources`), of due work and of the look at the disk, and how they
+end: a task that fails takes the others and the caller of `run` with it, the daemon in the end, because
+its restart finds all that was due in the rows. Event loop only.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from indexer.ingest.drain import Drainer
 from indexer.ingest.filters import Filters
 from indexer.ingest.handles import HandleWork
 from indexer.ingest.identities import QUESTIONS, DueWork
-from indexer.ingest.pipeline import Pipeline
-from indexer.ingest.source import Source, Upstream
+from indexer.ingest.sources import Sources
 from indexer.ingest.tools import IngestTools, Routes
 from indexer.pool import Pool
 from indexer.store.codecs import Work
@@ -37,7 +37,7 @@ DISK_CHECK_S = 5.0
 
 
 class Ingest:
-    """Follows the upstreams of the settings."""
+    """Follows the upstreams of the settings and those that were added (`sources`)."""
 
     def __init__(
         self,
@@ -66,9 +66,7 @@ class Ingest:
         self._due = DueWork(tools, answers, self._drainer).queue
         self._handles = HandleWork(tools, answers).queue
         self._db = db
-        self._pipelines = [
-            Pipeline(Upstream.parse(name), tools, self.applier) for name in dict.fromkeys(settings.upstreams)
-        ]
+        self.sources = Sources(tools, self.applier, self._http.resolver.addresses)
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -106,23 +104,14 @@ class Ingest:
             if not self._stopping:
                 raise
         except BaseExceptionGroup as group:
-            raise group.exceptions[0] from group
+            raise _first_of(group) from group
 
     async def _follow(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._due.run(), name="ingest-due")
             tasks.create_task(self._handles.run(), name="ingest-handles")
             tasks.create_task(self._watch_disk(), name="ingest-disk")
-            for pipeline in self._pipelines:
-                source = Source(
-                    pipeline.upstream,
-                    pipeline,
-                    self._http.resolver.addresses,
-                    self._settings.ingest,
-                    self._settings.network,
-                )
-                tasks.create_task(pipeline.run(), name=f"ingest-{pipeline.upstream.name}")
-                tasks.create_task(source.run(), name=f"source-{pipeline.upstream.name}")
+            tasks.create_task(self.sources.run(), name="ingest-sources")
 
     async def _watch_disk(self) -> None:
         """Below the hard floor nothing more is taken in, until there is room again."""
@@ -157,9 +146,17 @@ class Ingest:
 
     def status(self) -> list[dict[str, Any]]:
         """One entry for each upstream."""
-        return [pipeline.status() for pipeline in self._pipelines]
+        return self.sources.status()
 
     @property
     def due(self) -> int:
         """Repositories whose due work is in memory."""
         return len(self._due) + len(self._handles)
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that began it, out of groups within groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 from websockets.asyncio.client import ClientConnection, connect
@@ -46,6 +46,10 @@ class Upstream(NamedTuple):
 
     name: str
     url: str
+
+    @classmethod
+    def of(cls, url: str, *, is_pds: bool) -> Upstream:
+        return cls.parse((PDS_PREFIX if is_pds else "") + url.rstrip("/"))
 
     @classmethod
     def parse(cls, name: str) -> Upstream:
@@ -94,6 +98,41 @@ class Backoff:
         self.attempt = 0
 
 
+class Failure(NamedTuple):
+    """Why a connection, or an attempt at one, ended."""
+
+    at: float  # Unix time
+    kind: str
+    detail: str
+
+
+@dataclass(slots=True)
+class Link:
+    """What became of the attempts to be connected, for people."""
+
+    attempts: int = 0
+    connections: int = 0
+    failures: int = 0  # in a row, since the last valid event
+    connected_at: float = 0.0  # Unix time, as the others
+    retry_at: float = 0.0
+    last: Failure | None = None
+    refused: bool = False  # the host has no firehose
+
+    def status(self) -> dict[str, Any]:
+        last = self.last
+        return {
+            "failing": self.failures > 0,
+            "throttled": self.retry_at > time.time(),
+            "consecutive_failures": self.failures,
+            "retry_in_s": round(max(0.0, self.retry_at - time.time()), 1),
+            "attempts": self.attempts,
+            "connections": self.connections,
+            "last_connected_at": self.connected_at or None,
+            "last_failure": last._asdict() if last is not None else None,
+            "no_firehose": self.refused,
+        }
+
+
 class _Dropped(Exception):
     """A connection that ended; ``retry`` is false when the host will never serve us."""
 
@@ -113,9 +152,16 @@ class Source:
     """Keeps one upstream connected until cancelled."""
 
     def __init__(
-        self, upstream: Upstream, sink: Sink, dial: Dial, settings: IngestSettings, network: NetworkSettings
+        self,
+        upstream: Upstream,
+        sink: Sink,
+        dial: Dial,
+        settings: IngestSettings,
+        network: NetworkSettings,
+        link: Link | None = None,
     ) -> None:
         self.upstream = upstream
+        self.link = link or Link()
         self._sink = sink
         self._dial = dial
         self._settings = settings
@@ -127,10 +173,15 @@ class Source:
         while True:
             dropped = await self._session()
             self._sink.closed(dropped.reason, str(dropped))
+            link = self.link
+            link.failures += 1
+            link.last = Failure(time.time(), dropped.reason, str(dropped))
             if not dropped.retry:
+                link.refused = True
                 log.error("upstream_refused", upstream=self.upstream.name, reason=str(dropped))
                 return
-            wait = self._backoff.next_wait(dropped.wait)
+            wait = self._backoff.next_wait(self._asked(dropped))
+            link.retry_at = link.last.at + wait
             log.warning(
                 "upstream_dropped",
                 upstream=self.upstream.name,
@@ -140,12 +191,19 @@ class Source:
             )
             await asyncio.sleep(wait)
 
+    def _asked(self, dropped: _Dropped) -> float | None:
+        """How long the host asked to be left alone, as far as we go along with it."""
+        return None if dropped.wait is None else min(dropped.wait, self._settings.retry_after_max)
+
     async def _session(self) -> _Dropped:
         """One connection from dial to end."""
         cursor = await self._sink.settled()
+        self.link.attempts += 1
         try:
             async with await self._connected(cursor) as socket:
                 log.info("upstream_connected", upstream=self.upstream.name, cursor=cursor)
+                self.link.connections += 1
+                self.link.connected_at = time.time()
                 self._sink.opened()
                 await self._read(socket)
         except _Dropped as dropped:
@@ -210,6 +268,7 @@ class Source:
             valid = await receive(message)
             if valid and not proven:
                 self._backoff.reset()
+                self.link.failures = 0
                 proven = True
 
 

@@ -6,13 +6,16 @@ Reads counts, rows and the parts' own figures; changes nothing. One event loop.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from indexer import __version__
+from indexer.ingest import revs
+from indexer.ingest.controls import FIREHOSE, PARTS, paused_parts
 from indexer.store.codecs import AccountStatus, SyncState, after_prefix
-from indexer.store.keyspaces import COUNTS, PENDING
+from indexer.store.keyspaces import COUNTS, PENDING, QUARANTINE_NEXT
 
 if TYPE_CHECKING:
     from indexer.serve.services import Services
@@ -25,6 +28,7 @@ _STARTED_AT = time.time()
 #: Collections shown by name, the largest of so many that are looked at: strangers make up collections.
 _SHOWN_COLLECTIONS = 200
 _SCANNED_COLLECTIONS = 5_000
+_SHOWN_SOURCES = 5
 
 
 def summary(services: Services) -> dict[str, Any]:
@@ -41,9 +45,34 @@ def summary(services: Services) -> dict[str, Any]:
     }
 
 
-def is_ready(services: Services) -> bool:
-    """Whether the daemon does its work: nothing has stopped the writer."""
-    return not services.writer.poisoned
+def not_ready(services: Services) -> list[str]:
+    """Why the daemon does not do its work at the moment; nothing when it does."""
+    reasons = []
+    if services.writer.poisoned:
+        reasons.append("writer: a commit failed, nothing more is written")
+    free = shutil.disk_usage(services.settings.data_dir).free >> 20
+    floor = services.settings.disk.hard_floor_mib
+    if free < floor:
+        reasons.append(f"disk: {free} MiB are free, ingest needs {floor} (disk.hard_floor_mib)")
+    pools = {"workers": services.pool, "verifiers": services.verifiers}
+    reasons += [
+        f"{name}: {pool.problem}" for name, pool in pools.items() if pool is not None and pool.problem
+    ]
+    return reasons + _unconnected(services)
+
+
+def _unconnected(services: Services) -> list[str]:
+    """What `ingest.ready_sources` misses; upstreams that were switched off are not missed."""
+    wanted = services.settings.ingest.ready_sources
+    if wanted == "none" or FIREHOSE in paused_parts(services.db):
+        return []
+    sources = [source for source in sources_of(services) if source.get("enabled", True)]
+    missing = [source for source in sources if not source["connected"]]
+    if not missing or (wanted == "any" and len(missing) < len(sources)):
+        return []
+    names = [f"{source['name']} ({source.get('error') or 'not connected yet'})" for source in missing]
+    more = f" and {len(names) - _SHOWN_SOURCES} more" if len(names) > _SHOWN_SOURCES else ""
+    return [f"sources: not connected: {', '.join(names[:_SHOWN_SOURCES])}{more}"]
 
 
 def statistics(services: Services, streams: StreamHub | None, xrpc: Xrpc | None) -> dict[str, Any]:
@@ -69,7 +98,13 @@ def statistics(services: Services, streams: StreamHub | None, xrpc: Xrpc | None)
             "by_status": _labelled(services, "repos/status/", [status.label for status in AccountStatus]),
         },
         "records": {"total": db.count("records"), "by_collection": _collections(services)},
-        "ingest": {"sources": sources_of(services), "outcomes": outcomes(services)},
+        "ingest": {
+            "sources": sources_of(services),
+            "outcomes": outcomes(services),
+            "paused": [part for part in PARTS if part in paused_parts(db)],
+            "compare_revs": _labelled(services, revs.ROWS, list(revs.OUTCOMES)),
+            "quarantine": db.cursor(QUARANTINE_NEXT) or 0,
+        },
         "writer": plain(writer.stats),
         "backfill": {"pending": pending(services), **_figures(services.backfill)},
         "workers": workers(services),

@@ -23,7 +23,9 @@ from indexer.serve.http_errors import error_response, errors_middleware, json_re
 from indexer.serve.listener import Listener
 from indexer.serve.management_archive import ARCHIVE, ArchiveRoutes
 from indexer.serve.management_db import DatabaseRoutes
+from indexer.serve.management_debug import DebugRoutes
 from indexer.serve.management_filter import FilterRoutes
+from indexer.serve.management_ingest import IngestRoutes
 from indexer.serve.management_repos import RepoRoutes
 from indexer.serve.management_verify import VERIFY, VerifyRoutes
 from indexer.serve.metrics import CONTENT_TYPE, Metrics
@@ -98,6 +100,8 @@ class ManagementServer:
         VerifyRoutes(self.services).add_to(app)
         FilterRoutes(self.services).add_to(app)
         DatabaseRoutes(self.services).add_to(app)
+        IngestRoutes(self.services).add_to(app)
+        DebugRoutes(self.services).add_to(app)
         return app
 
     def _metrics_app(self) -> web.Application:
@@ -106,8 +110,8 @@ class ManagementServer:
         return app
 
     async def _ready(self, _request: web.Request) -> web.StreamResponse:
-        ready = health.is_ready(self.services)
-        return json_response({"ready": ready}, status=200 if ready else 503)
+        reasons = health.not_ready(self.services)
+        return json_response({"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200)
 
     async def _exposition(self, _request: web.Request) -> web.StreamResponse:
         return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -13,12 +13,28 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from indexer.ingest import revs
 from indexer.serve import health
 
 if TYPE_CHECKING:
     from indexer.serve.services import Services
     from indexer.serve.stream import StreamHub
     from indexer.serve.xrpc.dispatch import Xrpc
+
+#: Figures of an upstream's status → what they are. Labels: at most `ingest.max_sources`.
+_SOURCE_FIGURES: Mapping[str, str] = {
+    "connected": "connected",
+    "enabled": "not switched off",
+    "seq": "newest seq",
+    "cursor": "stored cursor",
+    "lag_s": "seconds behind",
+    "frames": "messages since the start",
+    "bytes": "bytes since the start",
+    "renumbered": "1 while its numbering is not that of our cursor",
+    "consecutive_failures": "failed connections in a row",
+    "attempts": "connection attempts since the start",
+    "restarts": "restarts of its failed task since the start",
+}
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -74,12 +90,18 @@ class Metrics(Collector):
         for row in health.outcomes(self._services):
             frames.add_metric([row["source"], row["outcome"], row["reason"]], row["count"])
         yield frames
-        for name in ("connected", "seq", "lag_s"):
-            family = GaugeMetricFamily(f"indexer_source_{name}", f"Upstream: {name}", labels=["source"])
-            for source in health.sources_of(self._services):
+        sources = health.sources_of(self._services)
+        for name, text in _SOURCE_FIGURES.items():
+            family = GaugeMetricFamily(f"indexer_source_{name}", f"Upstream: {text}", labels=["source"])
+            for source in sources:
                 if _is_number(source.get(name)):
-                    family.add_metric([str(source.get("url", ""))], float(source[name]))
+                    family.add_metric([str(source["name"])], float(source[name]))
             yield family
+        counts = self._services.db.counts(revs.ROWS)
+        yield _by_label("compare_revs", "Comparisons of revs after a possible loss", "outcome", counts)
+        pools = {"workers": self._services.pool, "verifiers": self._services.verifiers}
+        restarts = {name: pool.restarts for name, pool in pools.items() if pool is not None}
+        yield _by_label("pool_restarts", "Times that a pool's processes were replaced", "pool", restarts)
 
     def _parts(self) -> Iterator[Metric]:
         backfill = self._services.backfill

@@ -13,6 +13,7 @@ from indexer.atproto.types import Did, Handle
 from indexer.config import Settings
 from indexer.ingest.filters import Filters
 from indexer.ingest.revisit import Revisit
+from indexer.ingest.sources import Sources
 from indexer.pool import Pool
 from indexer.store.archives import Archives
 from indexer.store.database import Database
@@ -35,6 +36,9 @@ class IngestLike(Protocol):
 
     def set_filters(self, filters: Filters, /) -> None: ...
 
+    @property
+    def sources(self) -> Sources: ...
+
 
 class BackfillLike(Protocol):
     """The fetching side."""
@@ -42,6 +46,8 @@ class BackfillLike(Protocol):
     async def add(self, dids: Sequence[Did], /, *, again: bool = False) -> list[Did]: ...
 
     def wake(self) -> None: ...
+
+    def pause(self, paused: bool, /) -> None: ...
 
     def status(self) -> Mapping[str, Any]: ...
 
@@ -73,6 +79,7 @@ class Services:
     #: "checkpoint", "blocks_gc", "retention", "archives", "audit", "filter"
     workers: Mapping[str, WorkerLike] = field(default_factory=dict)
     archives: Archives | None = None
+    verifiers: Pool | None = None
 
     def current_filters(self) -> Filters:
         """The filters in force: what was stored over what is set."""

@@ -196,29 +196,29 @@ async def test_after_a_future_cursor_reconnects_go_on_in_the_new_numbering(tmp_p
         forge = net.account()
         net.send(forge.parts(), *(forge.posts(1) for _ in range(5)))
         await node.until(lambda: holds(node, forge))
-        pipeline, stored = node.ingest._pipelines[0], net.seq
+        pipeline, stored = node.ingest.sources.find(node.settings.upstreams[0]).pipeline, net.seq
         assert await pipeline.settled() == stored
         with pytest.raises(UpstreamError):
             await pipeline.receive(error_frame("FutureCursor", ""))
-        assert await pipeline.settled() is None
+        assert await pipeline.settled() == 0  # all that is retained of the new numbering
         pipeline.opened()
         forge.seq = 2
         assert await pipeline.receive(forge.identity())
         assert await pipeline.settled() == 3
         assert node.seqs() == [stored]
         assert isinstance(pipeline._refused(ErrorFrame("FutureCursor", "")), UpstreamError)
-        assert await pipeline.settled() is None
+        assert await pipeline.settled() == 0
 
 
 async def test_the_stored_time_is_the_batch_s_own(tmp_path: Path) -> None:
     async with world() as net, net.node(tmp_path) as node:
-        pipeline, batch = node.ingest._pipelines[0], Batch()
+        pipeline, batch = node.ingest.sources.find(node.settings.upstreams[0]).pipeline, Batch()
         time = "2026-01-01T00:00:00Z"
         result = Result(Act.DROP, "unwanted")
         batch.messages = [Message(5, "", b"", when, lambda _tx, _verdict: result) for when in (time, "")]
         pipeline._last_time = "2026-01-02T00:00:00Z"  # received, not yet committed
         await pipeline._submit(batch, [])
-        await node.until(lambda: node.db.cursor(pipeline._time_name) == micros_of(time))
+        await node.until(lambda: node.db.cursor(pipeline.position.time_name) == micros_of(time))
 
 
 async def test_a_handle_is_told_once_it_is_verified_both_ways(tmp_path: Path) -> None:

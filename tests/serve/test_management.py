@@ -17,6 +17,7 @@ from aiohttp.test_utils import make_mocked_request
 from pydantic import ValidationError
 
 from indexer.ingest.filters import Filters
+from indexer.ingest.sources import Sources
 from indexer.serve.management import ManagementServer
 from indexer.serve.management_filter import patched
 from indexer.serve.management_repos import RepoRoutes
@@ -171,6 +172,9 @@ class _Backfill:
     def wake(self) -> None:
         self.woken += 1
 
+    def pause(self, paused: bool, /) -> None:
+        raise AssertionError("nobody pauses it")
+
     def status(self) -> dict[str, Any]:
         return {"in_flight": 0}
 
@@ -182,7 +186,11 @@ class _Ingest:
         self.filters: list[Filters] = []
 
     def status(self) -> list[dict[str, Any]]:
-        return [{"url": "ws://up", "connected": True, "seq": 7, "lag_s": 0.5, "frames": 9}]
+        return [{"name": "ws://up", "connected": True, "seq": 7, "lag_s": 0.5, "frames": 9}]
+
+    @property
+    def sources(self) -> Sources:
+        raise AssertionError("nobody asks for them")
 
     def set_filters(self, filters: Filters, /) -> None:
         self.filters.append(filters)

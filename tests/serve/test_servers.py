@@ -228,7 +228,7 @@ async def test_health_and_statistics(tmp_path: Path) -> None:
         assert stats["records"]["by_collection"] == {POST: 2}
         assert stats["events"] == {"head": 3, "floor": 1, "total": 2}
         assert stats["xrpc"]["answers"] == {"com.atproto.repo.getRecord": {"200": 1}}
-        assert (await node.manage("GET", "/readyz")) == (200, {"ready": True})
+        assert (await node.manage("GET", "/readyz")) == (200, {"ready": True, "reasons": []})
 
 
 async def test_a_poisoned_writer_is_not_healthy(tmp_path: Path) -> None:
