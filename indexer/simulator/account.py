@@ -27,6 +27,7 @@ class Write(NamedTuple):
     action: str  # create, update, delete
     path: str
     value: dict[str, Any] | None
+    flaw: str = ""  # what makes the value no valid record, for readers of the ledger
 
 
 class Change(NamedTuple):
@@ -61,6 +62,7 @@ class Account:
         self.commit_cid = b""
         self.tree = Tree()
         self.records: dict[str, Record] = {}
+        self.flaws: dict[str, str] = {}  # of records that break the data model
         self._paths: list[str] = []
         self._place: dict[str, int] = {}
 
@@ -72,7 +74,7 @@ class Account:
     def _check(self, writes: Sequence[Write]) -> None:
         if len({item.path for item in writes}) != len(writes):
             raise ActionError("a path may occur once in a commit")
-        for action, path, value in writes:
+        for action, path, value, _ in writes:
             if action not in ("create", "update", "delete") or (value is None) != (action == "delete"):
                 raise ActionError(f"not a write: {action} {path}")
             if (path in self.records) == (action == "create"):
@@ -83,6 +85,9 @@ class Account:
     def _write(self, item: Write) -> Change:
         old = self.records.get(item.path)
         prev = old.cid if old else None
+        self.flaws.pop(item.path, None)
+        if item.flaw:
+            self.flaws[item.path] = item.flaw
         key = item.path.encode()
         if item.value is None:
             del self.records[item.path]
@@ -119,9 +124,17 @@ class Account:
     def clear(self) -> None:
         """Delete the repository."""
         self.tree = Tree()
-        self.records, self._paths, self._place = {}, [], {}
+        self.records, self._paths, self._place, self.flaws = {}, [], {}, {}
         self.head("", b"", b"")
         self.commit_cid = b""
+
+    def copy(self) -> Account:
+        """Another account object in the same state, for what is only told."""
+        twin = Account(self.did, self.handle, self.pds, self.key)
+        twin.__dict__ |= self.__dict__
+        twin.tree, twin.records, twin.flaws = self.tree.copy(), dict(self.records), dict(self.flaws)
+        twin._paths, twin._place = list(self._paths), dict(self._place)
+        return twin
 
     def blocks(self) -> list[tuple[bytes, bytes]]:
         """Commit, then the tree in pre-order with records at their places, each block once."""
@@ -154,6 +167,7 @@ class Account:
             "data": cid_text(self.data) if self.rev else None,
             "signing_key": self.key.did_key,
             "records": {path: cid_text(record.cid) for path, record in self.records.items()},
+            "invalid": dict(self.flaws),
         }
         if values:
             entry["values"] = {path: to_json(record.value) for path, record in self.records.items()}
@@ -161,6 +175,6 @@ class Account:
 
 
 def writes_of(rows: Iterable[Sequence[Any]], decode: Any) -> Iterator[Write]:
-    """Writes from their journal or JSON form: [action, path, value or null]."""
-    for action, path, value in rows:
-        yield Write(action, path, None if value is None else decode(value))
+    """Writes from their journal or JSON form: [action, path, value or null], and what is wrong with it."""
+    for action, path, value, *flaw in rows:
+        yield Write(action, path, None if value is None else decode(value), *flaw)

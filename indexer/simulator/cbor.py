@@ -1,13 +1,15 @@
 """A small canonical DAG-CBOR encoder, CIDs, and the JSON form of record values.
 
-Owns the value model of the simulator: plain Python values, `bytes`, and `Link` for CIDs; floats do
-not exist. Held byte for byte to `dag_cbor` and `multiformats` in tests. Pure functions; any thread.
+Owns the value model of the simulator: plain Python values, `bytes`, and `Link` for CIDs; floats only
+as `Float`, which lies use. Held byte for byte to `dag_cbor` and `multiformats` in tests. Pure functions;
+any thread.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import struct
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +19,12 @@ RAW = b"\x01\x55\x12\x20"
 
 class Link(bytes):
     """A binary CIDv1 (36 bytes: version, codec, sha-256, 32, digest)."""
+
+    __slots__ = ()
+
+
+class Float(float):
+    """A number that no record may hold, for records that break the data model."""
 
     __slots__ = ()
 
@@ -93,6 +101,8 @@ def _encode(value: Any, out: bytearray) -> None:
         out.append(0xF6)
     elif kind is bool:
         out.append(0xF5 if value else 0xF4)
+    elif kind is Float:
+        out += b"\xfb" + struct.pack(">d", value)
     else:
         raise TypeError(f"no DAG-CBOR form for {kind.__name__}: {value!r}")
 
@@ -112,6 +122,8 @@ def to_json(value: Any) -> Any:
         return {"$link": cid_text(value)}
     if kind is bytes:
         return {"$bytes": base64.b64encode(value).decode().rstrip("=")}
+    if kind is Float:
+        return {"$float": repr(float(value))}
     return value
 
 
@@ -124,6 +136,8 @@ def from_json(value: Any) -> Any:
                 return cid_bytes(item)
             if name == "$bytes":
                 return base64.b64decode(item + "=" * (-len(item) % 4))
+            if name == "$float":
+                return Float(item)
         return {key: from_json(item) for key, item in value.items()}
     if isinstance(value, list):
         return [from_json(item) for item in value]

@@ -49,6 +49,9 @@ def control_app(network: SimulatedNetwork) -> web.Application:
             return reply(network.faults.state())
         return reply(network.faults.command(await _body(request)))
 
+    async def lies(request: web.Request) -> web.StreamResponse:
+        return reply(network.lies.ledger())
+
     async def pause(request: web.Request) -> web.StreamResponse:
         return reply({"seq": await network.pause(), "commits": network.commits})
 
@@ -83,6 +86,7 @@ def control_app(network: SimulatedNetwork) -> web.Application:
     app.router.add_post("/resume", resume)
     app.router.add_post("/rate", rate)
     app.router.add_post("/act", act)
+    app.router.add_get("/lies", lies)
     return app
 
 
@@ -143,6 +147,16 @@ def _steps(network: SimulatedNetwork, body: dict[str, Any]) -> dict[str, Any]:
     return {"seq": network.relay.seq, "commits": network.commits}
 
 
+def _lanes(body: dict[str, Any]) -> list[str] | None:
+    """``lane``: one name or a list of them; None leaves the choice to the network."""
+    lanes = body.get("lane")
+    if isinstance(lanes, str):
+        return [lanes]
+    if lanes is not None and not (isinstance(lanes, list) and all(isinstance(item, str) for item in lanes)):
+        raise ActionError("lane must be a lane's name or a list of names")
+    return lanes
+
+
 def _published(network: SimulatedNetwork, happening: Happening) -> dict[str, Any]:
     seq = network.publish(happening)
     account = network.world.accounts[happening.row["did"]]
@@ -167,5 +181,6 @@ _ACTIONS: dict[str, Callable[[SimulatedNetwork, dict[str, Any]], dict[str, Any]]
     "migrate": lambda network, body: _published(
         network, network.world.change_key(body["did"], curve=body.get("curve"), pds=int(body["pds"]))
     ),
+    "lie": lambda network, body: network.lies.tell(body["kind"], did=body.get("did"), lanes=_lanes(body)),
     "sync": lambda network, body: _published(network, network.world.sync(body["did"])),
 }

@@ -1,7 +1,8 @@
 """The sent frames in order, for replay by cursor and for the live tail.
 
-Owns the index of frames in the journal and one `Lane` for each sender (a PDS or the relay) with that
-sender's own sequence numbers. Readers pull; there is no live path beside it. One event loop.
+Owns the index of frames in the journal and one `Lane` for each sender (a PDS or a relay) with that
+sender's own sequence numbers. Readers pull; what is to happen to one open socket alone (a cut, a frame that
+no replay repeats) waits with its `Line`. One event loop.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import asyncio
 from array import array
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from indexer.simulator.cbor import head
 from indexer.simulator.journal import Journal, Place
@@ -50,20 +53,48 @@ class FrameLog:
         return data[:split] + head(0, seq) + data[split:]
 
 
+class Turn(NamedTuple):
+    """What one open socket does next, beside its lane: send ``data``, fall silent, close."""
+
+    data: bytes = b""
+    text: bool = False
+    silent_s: float = 0.0
+    deaf: bool = False  # nor are pings answered meanwhile
+    cut: bool = False
+    close: bool = False
+
+
+class Line:
+    """One subscriber's open socket, as far as the network may play tricks on it."""
+
+    def __init__(self) -> None:
+        self.turns: deque[Turn] = deque()
+
+
 class Lane:
     """What one sender has sent: strictly increasing seqs over frames of the log."""
 
-    def __init__(self, log: FrameLog) -> None:
+    def __init__(self, log: FrameLog, name: str = "") -> None:
         self._log = log
+        self.name = name
         self._seqs = array("Q")
         self._numbers = array("Q")
+        self._base = 0  # numbering goes on above it
         self._floor = 0
         self._changed = asyncio.Event()
+        self.lines: list[Line] = []
+        self.mute = False  # a cursor above the head is not told so
+        self.overlap = 0  # frames up to the cursor that the next replay repeats
 
     @property
     def seq(self) -> int:
         """The newest seq; 0 before the first frame."""
         return self._seqs[-1] if self._seqs else 0
+
+    @property
+    def head(self) -> int:
+        """The newest number that was given away, to a frame or to one that was withheld."""
+        return max(self.seq, self._base)
 
     @property
     def end(self) -> int:
@@ -72,6 +103,28 @@ class Lane:
     def add(self, seq: int, number: int) -> None:
         self._seqs.append(seq)
         self._numbers.append(number)
+
+    def skip(self, seq: int) -> None:
+        """No frame of this lane gets a number up to ``seq``."""
+        self._base = max(self._base, seq)
+
+    def reset(self, base: int, *, mute: bool) -> None:
+        """All is forgotten; numbering begins anew above ``base``."""
+        self._seqs, self._numbers = array("Q"), array("Q")
+        self._base, self._floor, self.mute = base, 0, mute
+
+    def start(self, cursor: int) -> int:
+        """Index of the first frame that a replay from ``cursor`` sends."""
+        index = self.end if self.mute and cursor > self.head else self.after(cursor)
+        index, self.overlap = index - self.overlap, 0
+        return max(index, self.floor())
+
+    def play(self, *turns: Turn) -> int:
+        """Every open socket takes these turns; returns how many there are."""
+        for line in self.lines:
+            line.turns.extend(turns)
+        self.wake()
+        return len(self.lines)
 
     def wake(self) -> None:
         """Tell waiting readers that frames were added."""
@@ -105,7 +158,7 @@ class Lane:
             index += 1
         return frames
 
-    async def wait(self, index: int) -> None:
-        """Return when there is a frame at ``index``."""
-        while index >= self.end:
+    async def wait(self, index: int, line: Line | None = None) -> None:
+        """Return when there is a frame at ``index``, or a turn for ``line``."""
+        while index >= self.end and not (line is not None and line.turns):
             await self._changed.wait()

@@ -11,7 +11,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 try:
@@ -62,6 +62,17 @@ class SigningKey:
     @property
     def did_key(self) -> str:
         return "did:key:" + self.multikey
+
+    def high(self, signature: bytes) -> bytes:
+        """The other signature of the same message, which the protocol refuses: s in its upper half."""
+        s = _ORDER[self.curve] - int.from_bytes(signature[32:], "big")
+        return signature[:32] + s.to_bytes(32, "big")
+
+    @staticmethod
+    def der(signature: bytes) -> bytes:
+        """The same signature in the form that other protocols use."""
+        r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
+        return encode_dss_signature(r, s)
 
     def sign(self, message: bytes) -> bytes:
         if self._fast is not None:

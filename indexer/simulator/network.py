@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -17,10 +18,12 @@ from typing import Any
 from indexer.simulator.account import DELETED, Account, ActionError
 from indexer.simulator.chooser import Chooser, Rates, past
 from indexer.simulator.control import control_app
+from indexer.simulator.draft import Outgoing
 from indexer.simulator.fault_answers import SUITED
 from indexer.simulator.faults import Fault, Faults
-from indexer.simulator.framelog import FrameLog, Lane
+from indexer.simulator.framelog import FrameLog, Lane, Turn
 from indexer.simulator.journal import Journal, JournalError, Place
+from indexer.simulator.lies import Lies
 from indexer.simulator.listener import Listener
 from indexer.simulator.names import NameServer
 from indexer.simulator.servers import by_handle, pds_app, plc_app, relay_app
@@ -39,6 +42,7 @@ class SimConfig:
     history_accounts: int = 5  # that were there before the stream begins
     history_records: int = 200  # records of each of those
     pds: int = 2
+    relays: int = 1  # each with numbers of its own
     rate: float = 50.0  # steps a second (nearly all are commits); 0: nothing happens by itself
     commits: int | None = None  # stop by itself when this many commits are in the stream
     state: Path | None = None  # folder of the journal; None: nothing survives
@@ -48,10 +52,12 @@ class SimConfig:
     paused: bool = False
     rates: Rates = field(default_factory=Rates)
     faults: tuple[Fault, ...] = ()  # that hold from the start; more by `SimulatedNetwork.faults`
+    lie_rate: float = 0.0  # chance that a step is a lie
+    lies: Mapping[str, float] = field(default_factory=dict)  # kind → weight; empty: all kinds alike
 
 
 class SimulatedNetwork:
-    """PLC directory, PDSes and a relay on loopback, with a control API and a ledger."""
+    """PLC directory, PDSes and relays on loopback, with a control API, a ledger, and a ledger of lies."""
 
     def __init__(self, config: SimConfig) -> None:
         self.config = config
@@ -59,13 +65,14 @@ class SimulatedNetwork:
         self.commits = 0
         self._journal = Journal(config.state, keep_bytes=config.window_mib << 20)
         self._log = FrameLog(self._journal)
-        self.relay = Lane(self._log)
+        self.relays: list[Lane] = []
         self._listeners: dict[str, Listener] = {}
         self._ports: dict[str, int] = {}
         self.faults = Faults(config.seed, SUITED, config.faults)
         self._names = NameServer(self._did_of, self.faults)
         self.pds_lanes: list[Lane] = []
         self.world: World
+        self.lies: Lies = Lies(self)
         try:
             self.world = self._open()
         except BaseException:
@@ -84,7 +91,12 @@ class SimulatedNetwork:
 
     @property
     def relay_url(self) -> str:
-        return self._listeners["relay"].url.replace("http", "ws", 1)
+        return self.relay_urls[0]
+
+    @property
+    def relay_urls(self) -> list[str]:
+        names = ["relay", *(f"relay{number}" for number in range(1, len(self.relays)))]
+        return [self._listeners[name].url.replace("http", "ws", 1) for name in names]
 
     @property
     def pds_urls(self) -> list[str]:
@@ -104,6 +116,7 @@ class SimulatedNetwork:
     async def start(self) -> None:
         apps = {"control": control_app(self), "plc": plc_app(self), "relay": relay_app(self)}
         apps |= {f"pds{number}": pds_app(self, number) for number in range(self.world.pds)}
+        apps |= {f"relay{number}": relay_app(self, number) for number in range(1, len(self.relays))}
         for offset, (name, app) in enumerate(apps.items()):
             wanted = self.config.port_base + offset if self.config.port_base else self._ports.get(name, 0)
             self._listeners[name] = await Listener.open(app, self.config.host, wanted)
@@ -147,30 +160,62 @@ class SimulatedNetwork:
         done = self._generator is not None and self._generator.done() and not self._generator.cancelled()
         return self._generator.exception() if self._generator is not None and done else None
 
+    # -- lanes
+
+    @property
+    def relay(self) -> Lane:
+        """The first relay's."""
+        return self.relays[0]
+
+    @property
+    def lanes(self) -> dict[str, Lane]:
+        """Every sender by name: relay0, relay1, …, pds0, pds1, …"""
+        return {lane.name: lane for lane in (*self.relays, *self.pds_lanes)}
+
     # -- happenings
 
     def publish(self, happening: Happening) -> int:
         """Number, journal and send what a happening emits; returns the relay's last seq."""
-        rows: list[tuple[int, int, int, int, int, str]] = []
+        rows: list[list[Any]] = []
         halves: list[bytes] = []
-        next_relay = self.relay.seq
-        next_pds = [lane.seq for lane in self.pds_lanes]
+        heads = {name: lane.head for name, lane in self.lanes.items()}
         for frame in happening.frames:
-            next_pds[frame.pds] += 1
-            next_relay += frame.relayed
-            before, after = frame.halves
-            relay_seq = next_relay if frame.relayed else 0
-            rows.append((frame.pds, next_pds[frame.pds], relay_seq, len(before), len(after), frame.kind))
+            rows.append(self._numbered(frame, heads))
             halves += frame.halves
         row = happening.row | {"us": self.world.clock.last, "frames": rows, "emits": bool(rows)}
+        self.lies.enter(row)
         self._index(rows, self._journal.append(row, halves))
-        for frame in happening.frames:
-            self.pds_lanes[frame.pds].wake()
-        self.relay.wake()
+        for name, lane in self.lanes.items():
+            lane.skip(heads[name])
+            lane.wake()
         return self.relay.seq
 
+    def _numbered(self, frame: Outgoing, heads: dict[str, int]) -> list[Any]:
+        """A frame's row: PDS, seq there, seq on the first relay, two lengths, kind, seqs on other relays."""
+        pds = f"pds{frame.pds}"
+        usual = {pds, *self._relay_names} if frame.relayed else {pds}
+        lanes = usual if frame.lanes is None else frame.lanes
+        for name in lanes | frame.withheld:
+            heads[name] += 1
+        first, *others = (heads[name] if name in lanes else 0 for name in self._relay_names)
+        before, after = map(len, frame.halves)
+        return [frame.pds, heads[pds] if pds in lanes else 0, first, before, after, frame.kind, *others]
+
+    def journal(self, row: dict[str, Any]) -> None:
+        """Writes a row that emits nothing."""
+        self._journal.append(row, [])
+
+    def reset(self, name: str, base: int, *, mute: bool) -> None:
+        """A lane forgets all that it sent and goes on above ``base``; who listens is cut off."""
+        row = {"kind": "reset", "lane": name, "base": base, "mute": mute}
+        self._journal.append(row, [])
+        self.lanes[name].reset(base, mute=mute)
+        self.lanes[name].play(Turn(cut=True))
+
     def step(self) -> int:
-        """One happening by the generator's choice."""
+        """One happening by the generator's choice, or a lie."""
+        if self.config.lie_rate and self.lies.by_chance(self.config.lie_rate, self.config.lies):
+            return self.relay.seq
         return self.publish(self._chooser.step())
 
     def add_account(
@@ -219,18 +264,24 @@ class SimulatedNetwork:
         complete = False  # a first start may have been killed before its last account
         for row, place in self._journal.rows():
             if row["kind"] == "genesis":
-                world = self._world(row["seed"], row["pds"])
+                world = self._world(row["seed"], row["pds"], row.get("relays", 1))
             elif row["kind"] == "ports":
                 self._ports, complete = row["ports"], True
             elif world is None:
                 raise JournalError("the journal does not begin with a genesis row")
+            elif row["kind"] == "reset":
+                self.lanes[row["lane"]].reset(row["base"], mute=row["mute"])
+            elif row["kind"] == "trick":
+                self.lies.restore(row)
             else:
                 world.restore(row)
                 self._index(row["frames"], place)
+                self.lies.restore(row)
         config = self.config
         if world is None:
-            world = self._world(config.seed, config.pds)
-            self._journal.append({"kind": "genesis", "seed": config.seed, "pds": config.pds}, [])
+            world = self._world(config.seed, config.pds, config.relays)
+            genesis = {"kind": "genesis", "seed": config.seed, "pds": config.pds, "relays": config.relays}
+            self._journal.append(genesis, [])
         world.settle()
         self.world = world
         if not complete:
@@ -239,17 +290,21 @@ class SimulatedNetwork:
                 self.add_account(records)
         return world
 
-    def _world(self, seed: int, pds: int) -> World:
-        self.pds_lanes = [Lane(self._log) for _ in range(pds)]
+    def _world(self, seed: int, pds: int, relays: int) -> World:
+        self.pds_lanes = [Lane(self._log, f"pds{number}") for number in range(pds)]
+        self.relays = [Lane(self._log, f"relay{number}") for number in range(relays)]
+        self._relay_names = [lane.name for lane in self.relays]
         return World(seed, pds, Clock())
 
     def _index(self, rows: list[Any], place: Place) -> None:
         numbers = self._log.add(place, [(row[3], row[4]) for row in rows])
-        for (pds, pds_seq, relay_seq, _, _, kind), number in zip(rows, numbers, strict=True):
-            self.pds_lanes[pds].add(pds_seq, number)
-            if relay_seq:
-                self.relay.add(relay_seq, number)
-                self.commits += kind == "#commit"
+        for (pds, pds_seq, relay_seq, _, _, kind, *others), number in zip(rows, numbers, strict=True):
+            if pds_seq:
+                self.pds_lanes[pds].add(pds_seq, number)
+            for lane, seq in zip(self.relays, (relay_seq, *others), strict=True):
+                if seq:
+                    lane.add(seq, number)
+            self.commits += kind == "#commit" and relay_seq > 0
 
     async def _generate(self) -> None:
         """Steps at the rate that holds now; what a busy machine could not make is not made up for."""

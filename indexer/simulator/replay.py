@@ -82,8 +82,15 @@ class Playback:
         """The newest seq; 0 without frames."""
         return next((found for at in range(self.end - 1, -1, -1) if (found := frame_seq(self._frame(at)))), 0)
 
+    @property
+    def head(self) -> int:
+        return self.seq
+
     def floor(self) -> int:
         return 0
+
+    def start(self, cursor: int) -> int:
+        return self.after(cursor)
 
     def after(self, seq: int) -> int:
         """Index of the first frame above ``seq``; a frame without one counts with the frame before it."""

@@ -121,7 +121,8 @@ def pds_app(network: SimulatedNetwork, number: int) -> web.Application:
         return _page_of_records(request, hosted(request, "repo"))
 
     async def stream(request: web.Request) -> web.StreamResponse:
-        return await subscribe(request, network.pds_lanes[number])
+        lane = network.pds_lanes[number]
+        return await subscribe(request, lane, lane=lane)
 
     return _app(
         network,
@@ -145,7 +146,7 @@ def pds_app(network: SimulatedNetwork, number: int) -> web.Application:
 # -- relay
 
 
-def relay_app(network: SimulatedNetwork) -> web.Application:
+def relay_app(network: SimulatedNetwork, number: int = 0) -> web.Application:
     world = network.world
 
     def known(request: web.Request) -> Account:
@@ -175,11 +176,12 @@ def relay_app(network: SimulatedNetwork) -> web.Application:
         return _page_of_repos(request, [item for item in world.accounts.values() if item.seen], None)
 
     async def stream(request: web.Request) -> web.StreamResponse:
-        return await subscribe(request, network.relay)
+        lane = network.relays[number]
+        return await subscribe(request, lane, lane=lane)
 
     return _app(
         network,
-        "relay0",
+        f"relay{number}",
         {
             "/xrpc/com.atproto.sync.getRepo": get_repo,
             "/xrpc/com.atproto.sync.getLatestCommit": latest_commit,

@@ -47,9 +47,9 @@ class Tree:
         self.root: Node | None = None
         self.layer = 0
 
-    def set(self, key: bytes, value: bytes) -> None:
-        """Insert or replace."""
-        layer = key_layer(key)
+    def set(self, key: bytes, value: bytes, layer: int | None = None) -> None:
+        """Insert or replace. ``layer``: where the key is put, right or wrong."""
+        layer = key_layer(key) if layer is None else layer
         if self.root is None:
             self.root, self.layer = Node([key], [value], [None, None]), layer
         elif layer > self.layer:
@@ -66,6 +66,24 @@ class Tree:
         while root is not None and not root.keys:
             root, self.layer = root.subs[0], self.layer - 1
         self.root = root
+
+    def copy(self) -> Tree:
+        """The same tree in nodes of its own."""
+        twin = Tree()
+        twin.root, twin.layer = _copy(self.root), self.layer
+        return twin
+
+    def path(self, key: bytes) -> list[Node]:
+        """The nodes from the root to the key's, or to where it would be."""
+        found: list[Node] = []
+        node = self.root
+        while node is not None:
+            found.append(node)
+            at = bisect_left(node.keys, key)
+            if at < len(node.keys) and node.keys[at] == key:
+                break
+            node = node.subs[at]
+        return found
 
     def seal(self) -> tuple[bytes, dict[bytes, bytes]]:
         """(root CID, blocks encoded by this call in post-order)."""
@@ -103,6 +121,14 @@ class Tree:
         for key, value in items:
             tree.set(key, value)
         return tree
+
+
+def _copy(node: Node | None) -> Node | None:
+    if node is None:
+        return None
+    twin = Node(list(node.keys), list(node.values), [_copy(child) for child in node.subs])
+    twin.cid, twin.block = node.cid, node.block
+    return twin
 
 
 def _raise(node: Node | None) -> Node | None:

@@ -46,14 +46,14 @@ def error_frame(error: str, message: str) -> bytes:
     return encode({"op": -1}) + encode({"error": error, "message": message})
 
 
-def websocket_message(payload: bytes) -> bytes:
-    """One unmasked binary WebSocket message, as a server sends it (RFC 6455 §5.2)."""
+def websocket_message(payload: bytes, first: int = 0x82) -> bytes:
+    """One unmasked binary WebSocket message, as a server sends it (RFC 6455 §5.2). 0x81: a text one."""
     size = len(payload)
     if size < 126:
-        return bytes((0x82, size)) + payload
+        return bytes((first, size)) + payload
     if size < 0x10000:
-        return b"\x82\x7e" + size.to_bytes(2, "big") + payload
-    return b"\x82\x7f" + size.to_bytes(8, "big") + payload
+        return bytes((first, 126)) + size.to_bytes(2, "big") + payload
+    return bytes((first, 127)) + size.to_bytes(8, "big") + payload
 
 
 def commit_block(did: str, rev: str, data: bytes, key: SigningKey) -> bytes:

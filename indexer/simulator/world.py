@@ -26,23 +26,15 @@ from indexer.simulator.account import (
     Write,
     writes_of,
 )
-from indexer.simulator.cbor import Link, cid_text, encode, from_json, to_json
+from indexer.simulator.cbor import cid_text, encode, from_json, to_json
+from indexer.simulator.draft import Draft, Outgoing, draft_of, first_commit
 from indexer.simulator.keys import K256, P256, SigningKey
 from indexer.simulator.phrases import NAMES, PLACES
-from indexer.simulator.wire import FrameHalves, car, frame, tid, timestamp
+from indexer.simulator.wire import car, frame, tid, timestamp
 
 MAX_OPS = 200
 _DAY = 86_400_000_000
 _REMEMBERED_POSTS = 4000
-
-
-class Outgoing(NamedTuple):
-    """A frame that a PDS emits; the relay passes it on unless the PDS no longer speaks for the account."""
-
-    pds: int
-    kind: str
-    halves: FrameHalves
-    relayed: bool = True
 
 
 class Happening(NamedTuple):
@@ -86,6 +78,7 @@ class World:
             "handle": self._restore_handle,
             "key": self._restore_key,
             "sync": lambda row: None,
+            "lie": lambda row: None,
         }
 
     # -- whom and what a record may refer to
@@ -141,7 +134,7 @@ class World:
             self.unseen.append(account)
             return Happening(row, [])
         account.seen = True
-        first = self._commit_frame(account, now, None, None, [], list(nodes.items()))
+        first = first_commit(account, nodes, now).outgoing()
         return Happening(row, [*self._announce(account, now)[::-1], first, self._sync_frame(account, now)])
 
     def commit(self, did: str, writes: Sequence[Write]) -> Happening:
@@ -149,24 +142,23 @@ class World:
         account = self.account(did)
         if account.status != ACTIVE:
             raise ActionError(f"account is {account.status}: {did}")
+        row, draft = self.draft(account, writes)
+        return Happening(row, [draft.outgoing()])
+
+    def draft(self, account: Account, writes: Sequence[Write]) -> tuple[dict[str, Any], Draft]:
+        """A commit that is true from now on, whatever the account's status, and its frame to be sent."""
         if not 1 <= len(writes) <= MAX_OPS:
             raise ActionError(f"a commit has 1 to {MAX_OPS} writes, not {len(writes)}")
-        since, before = account.rev, account.data
-        changes = account.write(writes)
-        now = self.clock()
-        blocks = account.sign(tid(now, account.pds))
-        for change in changes:
-            account.tree.cover(change.path.encode(), blocks)
-        if not account.records:
-            blocks.update(account.tree.seal()[1])
-        records = {change.cid: account.records[change.path].block for change in changes if change.cid}
+        draft, changes = draft_of(account, writes, self.clock())
         self._remember(account, changes)
         self._see(account)
-        row = self._row("commit", account, **self._head(account, writes))
-        return Happening(
-            row,
-            [self._commit_frame(account, now, since, before, changes, [*blocks.items(), *records.items()])],
-        )
+        return self._row("commit", account, **self._head(account, writes)), draft
+
+    def resign(self, did: str) -> dict[str, Any]:
+        """A commit without changes: the same tree under a new rev, which only a #sync can tell of."""
+        account = self.account(did)
+        account.sign(tid(self.clock(), account.pds))
+        return self._row("commit", account, **self._head(account, []))
 
     def set_status(self, did: str, status: str, *, tombstone: bool = False) -> Happening:
         """Deactivate, suspend, take down, delete (with a PLC tombstone on request) or bring back."""
@@ -229,7 +221,7 @@ class World:
         self._restorers[row["kind"]](row)
         self.clock.last = max(self.clock.last, row["us"])
         self.steps = row["step"]
-        if row["emits"]:
+        if row["emits"] and row["kind"] != "lie":
             self._see(self.accounts[row["did"]])
 
     def settle(self) -> None:
@@ -243,7 +235,9 @@ class World:
 
     def _head(self, account: Account, writes: Sequence[Write]) -> dict[str, Any]:
         ops = [
-            [item.action, item.path, None if item.value is None else to_json(item.value)] for item in writes
+            [item.action, item.path, None if item.value is None else to_json(item.value)]
+            + ([item.flaw] if item.flaw else [])
+            for item in writes
         ]
         return {"rev": account.rev, "data": account.data.hex(), "commit": account.commit.hex(), "ops": ops}
 
@@ -325,39 +319,3 @@ class World:
         blocks = car(account.commit_cid, [(account.commit_cid, account.commit)])
         payload = {"did": account.did, "rev": account.rev, "time": timestamp(now), "blocks": blocks}
         return Outgoing(account.pds, "#sync", frame("#sync", payload))
-
-    def _commit_frame(
-        self,
-        account: Account,
-        now: int,
-        since: str | None,
-        before: bytes | None,
-        changes: Sequence[Change],
-        blocks: Sequence[tuple[bytes, bytes]],
-    ) -> Outgoing:
-        payload: dict[str, Any] = {
-            "ops": [_op(change) for change in changes],
-            "rev": account.rev,
-            "repo": account.did,
-            "time": timestamp(now),
-            "blobs": [],
-            "since": since,
-            "blocks": car(account.commit_cid, [(account.commit_cid, account.commit), *blocks]),
-            "commit": Link(account.commit_cid),
-            "rebase": False,
-            "tooBig": False,
-        }
-        if before is not None:
-            payload["prevData"] = Link(before)
-        return Outgoing(account.pds, "#commit", frame("#commit", payload))
-
-
-def _op(change: Change) -> dict[str, Any]:
-    op: dict[str, Any] = {
-        "cid": Link(change.cid) if change.cid else None,
-        "path": change.path,
-        "action": change.action,
-    }
-    if change.prev:
-        op["prev"] = Link(change.prev)
-    return op
