@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from indexer.commands.progress import bar
+from indexer.commands.progress import bar, counted
 
 
 class Terminal(io.StringIO):
@@ -32,3 +32,9 @@ def test_a_terminal_shows_what_is_done(
     assert "counting" in terminal.getvalue()
     assert "100%" in terminal.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_one_is_told_as_one() -> None:
+    assert counted(1, "problem") == "1 problem"
+    assert counted(0, "problem") == "0 problems"
+    assert [counted(n, "repository", "repositories") for n in (1, 2)] == ["1 repository", "2 repositories"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
+import structlog
 
 from indexer.atproto import mst
 from indexer.atproto.cid import dag_cbor_cid
@@ -113,7 +115,9 @@ async def running(tmp_path: Path, **sections: dict[str, Any]) -> AsyncIterator[N
         await public.start()
         await management.start()
         revisiting = asyncio.create_task(services.revisit.run())
-        try:
+        logging_as = structlog.get_config()["wrapper_class"]
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+        try:  # debug lines of workers would stand among what commands print
             async with aiohttp.ClientSession() as http:
                 yield Node(services, public, management, resolver, http)
         finally:
@@ -122,6 +126,7 @@ async def running(tmp_path: Path, **sections: dict[str, Any]) -> AsyncIterator[N
             revisiting.cancel()
             await asyncio.wait([revisiting])
             await writer.stop()
+            structlog.configure(wrapper_class=logging_as)
 
 
 def record_block(text: str = "hello", kind: str = POST) -> bytes:

@@ -170,3 +170,12 @@ def test_without_a_daemon_it_says_so(tmp_path: Path, capsys: Output) -> None:
         assert _exit_code(["repo", "archive", ALICE, "-o", str(tmp_path / "x"), "--management-url", url]) == 1
     assert capsys.readouterr().err.startswith(f"error: no daemon answers at {url} ")
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_empty_list_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with archiving(tmp_path) as here:
+        assert await here.command(BOB, "--list") == 0
+        said = capsys.readouterr()
+        assert (said.out, said.err.startswith(f"no CAR of {BOB} is archived")) == ("", True)
+        assert await here.command(BOB, "--list", "--json") == 0
+        assert capsys.readouterr() == ("", "")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from indexer.config import load
 from tests.paths import ROOT
 
 RUN = [sys.executable, "-c", "from indexer.commands.simulate import simulate; simulate()"]
@@ -48,6 +49,22 @@ def test_prints_its_addresses_and_ends_with_its_parent() -> None:
     process.stdin.close()
     process.stdin = None
     assert finish(process) == 0
+
+
+def test_prints_the_settings_of_a_daemon_that_follows_it(tmp_path: Path) -> None:
+    options = ("--accounts", "1", "--history-accounts", "0", "--rate", "0")
+    process = subprocess.Popen([*RUN, *options], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    said = [line.decode() for line in iter(process.stdout.readline, b"Ctrl-C ends it.\n")]
+    process.terminate()
+    finish(process)
+    addresses = {line.split()[0]: line.split()[1] for line in said if line[:1] not in "\n"}
+    (tmp_path / "follow.toml").write_text("".join(line for line in said if " = " in line))
+    settings = load(tmp_path / "follow.toml", environment=False)
+    assert (settings.upstreams, settings.plc_urls) == ([addresses["relay"]], [addresses["plc"]])
+    assert (settings.filter.mode, settings.network.allow_private) == ("full", True)
+    assert settings.network.dns_server == addresses["dns"]
+    assert settings.data_dir != load(environment=False).data_dir
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -324,3 +324,10 @@ def test_errors_are_told_by_their_status_not_by_paths(
     error: Exception, kind: type[StoreError] | None
 ) -> None:
     assert type(translate(error, "x")) is (kind or StoreError)
+
+
+def test_what_rocksdb_says_is_told_once_on_one_line() -> None:
+    error = Exception("Corruption: Corruption: IO error: no 1.sst\n  The MANIFEST is bad")
+    assert str(translate(error, "opening /db")) == (
+        "opening /db: the database is damaged: IO error: no 1.sst The MANIFEST is bad; restore a backup"
+    )

@@ -35,7 +35,7 @@ def _demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.limit(90)
 def test_the_index_equals_the_ledger_and_the_summary_says_so(tmp_path: Path) -> None:
-    done = _demo("--seconds", "4", "--retention", "1s", "--data-dir", str(tmp_path))
+    done = _demo("--seconds", "4", "--retention", "1s", "--archive", "--data-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary.keys() >= KEYS
@@ -45,6 +45,7 @@ def test_the_index_equals_the_ledger_and_the_summary_says_so(tmp_path: Path) -> 
     assert summary["events_pruned"] > 0
     with Database.open(tmp_path / "index" / "db", mode=Mode()) as db:
         assert check(db).problems == []
+        assert db.count("archives") > 0
         _notices_what_differs(db)
 
 
