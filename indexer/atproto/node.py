@@ -24,11 +24,13 @@ MAX_ENTRIES: Final = 4096
 MAX_NODE_BYTES: Final = 1 << 20
 MAX_LAYER: Final = 128  # a digest of 256 zero bits
 
+#: How every node begins in canonical form; no record of more than two fields does.
+NODE_START: Final = b"\xa2ae"
 EMPTY_NODE: Final = b"\xa2ae\x80al\xf6"
 EMPTY_ROOT: Final[Cid] = DAG_CBOR_PREFIX + sha256(EMPTY_NODE).digest()
 
 _LINK: Final = b"\xd8\x2a\x58\x25\x00"
-_NODE_LINK: Final = _LINK + DAG_CBOR_PREFIX
+NODE_LINK: Final = _LINK + DAG_CBOR_PREFIX
 _ENTRIES: Final = re.compile(
     rb"(\xa4ak([\x40-\x57]|\x58.|\x59..)([a-zA-Z0-9._~:/-]{1,830})ap([\x00-\x17]|\x18.|\x19..)at"
     rb"(?:\xf6|\xd8\x2a\x58\x25\x00(\x01\x71\x12\x20.{32}))av\xd8\x2a\x58\x25\x00(\x01[\x71\x55]\x12\x20.{32}))",
@@ -45,10 +47,10 @@ def _head(major: int, number: int) -> bytes:
     return bytes((major | 25,)) + number.to_bytes(2, "big")
 
 
-_SUFFIX_HEADS: Final = [_head(0x40, length) for length in range(MAX_KEY_BYTES + 1)]
+SUFFIX_HEADS: Final = [_head(0x40, length) for length in range(MAX_KEY_BYTES + 1)]
 _PREFIX_HEADS: Final = [_head(0x00, length) for length in range(MAX_KEY_BYTES + 1)]
-_SHARED: Final = {head: length for length, head in enumerate(_PREFIX_HEADS)}
-_COUNT_HEADS: Final = [_head(0x80, count) for count in range(MAX_ENTRIES + 1)]
+SHARED: Final = {head: length for length, head in enumerate(_PREFIX_HEADS)}
+COUNT_HEADS: Final = [_head(0x80, count) for count in range(MAX_ENTRIES + 1)]
 
 
 class Node(NamedTuple):
@@ -84,8 +86,8 @@ def split_node(block: bytes) -> Fields:
     last = b"\0"  # below every key, so that the first entry needs no case of its own
     try:
         for entry, head, suffix, prefix, tree, value in found:
-            shared = _SHARED[prefix]
-            if _SUFFIX_HEADS[len(suffix)] != head:
+            shared = SHARED[prefix]
+            if SUFFIX_HEADS[len(suffix)] != head:
                 raise node_fault(block)
             try:
                 # Ascending keys and the longest possible prefix, in one comparison of a byte.
@@ -101,11 +103,11 @@ def split_node(block: bytes) -> Fields:
             used += len(entry)
     except KeyError:
         raise node_fault(block) from None
-    start = b"\xa2ae" + _COUNT_HEADS[count]
+    start = b"\xa2ae" + COUNT_HEADS[count]
     rest = block[used + len(start) :]
     if rest == b"al\xf6" and block.startswith(start):
         return keys, values, kids
-    if len(rest) == 43 and rest.startswith(b"al" + _NODE_LINK) and block.startswith(start):
+    if len(rest) == 43 and rest.startswith(b"al" + NODE_LINK) and block.startswith(start):
         kids[0] = rest[7:]
         return keys, values, kids
     raise node_fault(block)
@@ -133,13 +135,13 @@ def slashes(joined: bytes) -> bytes:
 
 def encode_node(keys: Sequence[bytes], values: Sequence[Cid], kids: Sequence[Cid | None]) -> bytes:
     """The canonical block of a node; the caller vouches for the order of keys."""
-    parts = [b"\xa2ae", _head(0x80, len(keys)) if len(keys) > MAX_ENTRIES else _COUNT_HEADS[len(keys)]]
+    parts = [b"\xa2ae", _head(0x80, len(keys)) if len(keys) > MAX_ENTRIES else COUNT_HEADS[len(keys)]]
     last = b""
     for index, key in enumerate(keys):
         shared = common_prefix(last, key)
         kid = kids[index + 1]
         parts += (
-            b"\xa4ak", _SUFFIX_HEADS[len(key) - shared], key[shared:], b"ap", _PREFIX_HEADS[shared],
+            b"\xa4ak", SUFFIX_HEADS[len(key) - shared], key[shared:], b"ap", _PREFIX_HEADS[shared],
             b"at\xf6" if kid is None else b"at" + _LINK + kid, b"av" + _LINK, values[index],
         )  # fmt: skip
         last = key

@@ -21,6 +21,7 @@ from indexer.atproto.dagcbor import check_record
 from indexer.atproto.mst import TreeLimits
 from indexer.atproto.types import Cid, Did, DidKey, Path, Rev
 from indexer.errors import CarError, RecordInvalid
+from indexer.repo.records import Records
 from indexer.repo.walker import index_repo
 from indexer.store.codecs import INVALID, OVERSIZE
 
@@ -89,7 +90,7 @@ def read_index(index: FilePath) -> Iterator[list[IndexEntry]]:
             yield list(msgpack.unpackb(file.read(_LENGTH.unpack(head)[0]), use_list=False))
 
 
-def _chunks(records: list[tuple[Path, Cid, int, int]]) -> Iterable[list[tuple[Path, Cid, int, int]]]:
+def _chunks(records: Records) -> Iterable[list[tuple[Path, Cid, int, int]]]:
     return (records[start : start + INDEX_CHUNK] for start in range(0, len(records), INDEX_CHUNK))
 
 

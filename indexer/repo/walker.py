@@ -1,26 +1,26 @@
 """A whole repository out of one CAR in memory: verified completely, then its records in key order. Hot.
 
+An archive in streaming order goes through `preorder`; what that does not take goes the way below, which says
+what is wrong with it or takes it in any order.
+
 Everything is checked: the archive to its exact end, every block's hash, the commit and (given a key) its
 signature, every tree rule, and that every node and record the tree names is there, so that a cut archive is
 never taken for a smaller repository. Works on offsets into one buffer (bytes or mmap); a record's block is
 sliced when it is asked for. Any order of blocks, duplicates and blocks that nothing links to are fine. No
 I/O; runs in verifier processes.
 
-Where the time goes (big24k.car, 7.4 MiB, 23,699 records): nodes 35 %, sections 20 %, block hashes 15 %, the
-list of records 15 %, key layers 10 %; hence tuples, local names and checks of many keys or CIDs at once.
+Where the time goes when blocks lie in any order (big24k.car, 7.4 MiB, 23,699 records): nodes 35 %, sections
+20 %, block hashes 15 %, key layers 10 %; hence local names and checks of many keys or CIDs at once.
 """
 
 from __future__ import annotations
 
 import gc
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import islice, pairwise
 from mmap import mmap
-from operator import lt
 from typing import Final, NamedTuple
 
 from indexer.atproto.car import DEFAULT_LIMITS as CAR_LIMITS
@@ -28,7 +28,7 @@ from indexer.atproto.car import Limits, read_header, read_varint, sections
 from indexer.atproto.cid import CID_LENGTH, DAG_CBOR_PREFIX, format_cid
 from indexer.atproto.commit import Commit, check_signature, decode_commit
 from indexer.atproto.mst import DEFAULT_LIMITS as TREE_LIMITS
-from indexer.atproto.mst import TreeLimits, check_path, root_layer
+from indexer.atproto.mst import TreeLimits, root_layer
 from indexer.atproto.node import (
     EMPTY_ROOT,
     Fields,
@@ -36,24 +36,25 @@ from indexer.atproto.node import (
     check_layer,
     describe,
     shown,
-    slashes,
     split_node,
 )
-from indexer.atproto.syntax import MAX_RKEY
 from indexer.atproto.types import Cid, Did, DidKey, Path
 from indexer.errors import CarError, CommitError, MissingBlock, MstError
+from indexer.repo.keys import are_cids, check_keys
+from indexer.repo.preorder import WINDOW, Preorder
+from indexer.repo.records import Records
 
 Buffer = bytes | bytearray | memoryview | mmap
 
 
 class RepoIndex(NamedTuple):
-    """Where everything is. ``records``: (path, CID, start, end) in key order, offsets into the buffer."""
+    """Where everything is; offsets into the buffer."""
 
     commit: Commit
     commit_cid: Cid
     commit_block: bytes
     data: Cid
-    records: list[tuple[Path, Cid, int, int]]
+    records: Records
     blocks: int
     bytes: int
 
@@ -113,22 +114,53 @@ def _index(
         raise CarError("CAR has no root")
     root = roots[0]
     # What nobody signed is refused before it costs anything: finding 36 bytes takes a hundredth of the walk.
-    block = _early_block(data, start, root)
-    commit = None if block is None else _checked_commit(root, block, did, key)
+    early = find_commit(data, start, root)
+    if early is not None:
+        commit = checked_commit(root, early.block, did, key)
+        if early.begin == start:
+            in_order = _in_order(data, early.end, commit.data, limits, tree_limits, verify_hashes)
+            if in_order is not None:
+                return RepoIndex(commit, root, early.block, commit.data, *in_order, len(data))
     spans, blocks = _split(data, start, limits, verify_hashes)
     span = spans.get(root)
     if span is None:
         raise MissingBlock(f"the commit {format_cid(root)} is missing", cid=root)
-    if commit is None or block is None:
+    if early is None:
         at = span >> 32
         block = data[at : at + (span & _LENGTH)]
-        commit = _checked_commit(root, block, did, key)
+        commit = checked_commit(root, block, did, key)
+    else:
+        block = early.block
     records = _records(data, commit.data, spans, tree_limits.max_nodes)
     return RepoIndex(commit, root, block, commit.data, records, blocks, len(data))
 
 
-def _early_block(data: bytes | mmap, start: int, root: Cid) -> bytes | None:
-    """The block of ``root`` where its CID first stands; None leaves the judgement to `_split`."""
+def _in_order(
+    data: bytes | mmap, at: int, root: Cid, limits: Limits, tree_limits: TreeLimits, verify: bool
+) -> tuple[Records, int] | None:
+    """(records, number of blocks) of an archive in streaming order that is good, None of any other."""
+    walk = Preorder(root, limits, tree_limits.max_nodes, verify=verify)
+    records = Records(data)
+    size = len(data)
+    while at < size:
+        taken = walk.window(data, at, min(at + WINDOW, size))
+        if taken is None or taken.end == at:
+            return None
+        records.add(taken.paths, taken.starts, taken.ends)
+        at = taken.end
+    return (records, walk.blocks) if walk.done else None
+
+
+class Section(NamedTuple):
+    """A block and where its section lies."""
+
+    block: bytes
+    begin: int
+    end: int
+
+
+def find_commit(data: bytes | mmap, start: int, root: Cid) -> Section | None:
+    """The block of ``root`` where its CID first stands; None leaves the judgement to others."""
     place = data.find(root, start)
     body = place + CID_LENGTH
     for begin in range(place - 1, max(place - 3, start - 1), -1):  # a commit's length takes two bytes at most
@@ -136,11 +168,11 @@ def _early_block(data: bytes | mmap, start: int, root: Cid) -> bytes | None:
             length, behind = read_varint(data, begin)
             block = data[body : place + length]
             if behind == place and sha256(block).digest() == root[4:]:
-                return block
+                return Section(block, begin, place + length)
     return None
 
 
-def _checked_commit(root: Cid, block: bytes, did: Did | None, key: DidKey | None) -> Commit:
+def checked_commit(root: Cid, block: bytes, did: Did | None, key: DidKey | None) -> Commit:
     if root[:4] != DAG_CBOR_PREFIX:
         raise CommitError(f"the root {format_cid(root)} is not a DAG-CBOR block")
     commit = decode_commit(block)
@@ -154,6 +186,8 @@ def _checked_commit(root: Cid, block: bytes, did: Did | None, key: DidKey | None
 #: CID → where its block starts, shifted by 32 bits, and its length: half the memory of a pair of numbers.
 _Spans = dict[Cid, int]
 _LENGTH: Final = (1 << 32) - 1
+#: Records that are kept together.
+_RUN: Final = 1000
 
 
 def _split(data: bytes | mmap, at: int, limits: Limits, verify: bool) -> tuple[_Spans, int]:
@@ -188,7 +222,7 @@ def _split(data: bytes | mmap, at: int, limits: Limits, verify: bool) -> tuple[_
             spans[cid] = body << 32 | at - body
             blocks += 1
         else:
-            if at == size and _are_cids(b"".join(spans)):
+            if at == size and are_cids(b"".join(spans)):
                 return spans, blocks
     except IndexError:  # the archive ends inside a length
         pass
@@ -197,40 +231,28 @@ def _split(data: bytes | mmap, at: int, limits: Limits, verify: bool) -> tuple[_
     raise CarError("CAR is malformed")
 
 
-def _are_cids(joined: bytes) -> bool:
-    """Whether the CIDs that were joined, of 36 bytes each, are of the two kinds that blocks may have."""
-    total = len(joined) // CID_LENGTH
-    codecs = joined[1::CID_LENGTH]
-    return (
-        len(joined) == total * CID_LENGTH
-        and joined[0::CID_LENGTH] == b"\x01" * total
-        and codecs.count(0x71) + codecs.count(0x55) == total
-        and joined[2::CID_LENGTH] == b"\x12" * total
-        and joined[3::CID_LENGTH] == b"\x20" * total
-    )
-
-
-def _records(
-    data: bytes | mmap, root: Cid, spans: _Spans, max_nodes: int
-) -> list[tuple[Path, Cid, int, int]]:
+def _records(data: bytes | mmap, root: Cid, spans: _Spans, max_nodes: int) -> Records:
     """Every record in key order. The rules of `mst.walk`, but checked for many keys at once."""
+    records = Records(data)
     if root == EMPTY_ROOT and root in spans:
-        return []
+        return records
     walk = _Walk(data, spans, max_nodes)
     walk.run(root)
     for layer, layer_keys in enumerate(walk.layers):
         check_layer(layer_keys, layer)
     values = walk.values
     paths = check_keys(walk.keys)
-    length = _LENGTH
     try:
-        return [
-            (path, value, start := span >> 32, start + (span & length))
-            for path, value, span in zip(paths, values, map(spans.__getitem__, values), strict=True)
-        ]
+        places = list(map(spans.__getitem__, values))
     except KeyError:
         path, value = next(pair for pair in zip(paths, values, strict=True) if pair[1] not in spans)
         raise MissingBlock(f"record {path} ({format_cid(value)}) is missing", cid=value) from None
+    for first in range(0, len(paths), _RUN):
+        run = places[first : first + _RUN]
+        starts = [span >> 32 for span in run]
+        ends = [(span >> 32) + (span & _LENGTH) for span in run]
+        records.add(paths[first : first + _RUN], starts, ends)
+    return records
 
 
 class _Walk:
@@ -332,34 +354,6 @@ class _Walk:
                 keys.append(node_keys[index])
                 values.append(node_values[index])
         self._check_size()
-
-
-def check_keys(keys: Sequence[bytes]) -> list[Path]:
-    """The keys of a whole tree as paths, when they ascend and are all valid; `MstError` otherwise."""
-    if not all(map(lt, keys, islice(keys, 1, None))):
-        last, key = next(pair for pair in pairwise(keys) if pair[0] >= pair[1])
-        raise MstError(f"key {shown(key)} does not come after {shown(last)}")
-    joined = b"\n".join(keys)
-    paths = joined.decode("ascii").split("\n")
-    if slashes(joined) != b"/\n" * (len(keys) - 1) + b"/":
-        for path in paths:
-            check_path(path, "")
-    # Keys are sorted, so those of a collection lie together: one look at its name is enough, and the record
-    # keys that are not allowed ("", ".", "..") have one place where they would be.
-    first = 0
-    while first < len(paths):
-        collection = check_path(paths[first], "")
-        behind = bisect_left(paths, collection + "0", first)  # "0" is the character after "/"
-        for rkey in (".", ".."):
-            place = bisect_left(paths, f"{collection}/{rkey}", first, behind)
-            if place < behind:
-                check_path(paths[place], collection)
-        first = behind
-    if max(map(len, keys)) > MAX_RKEY:
-        for path in paths:
-            if len(path) > MAX_RKEY:
-                check_path(path, "")
-    return paths
 
 
 def load_repo(

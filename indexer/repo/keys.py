@@ -1,0 +1,56 @@
+"""Checks of many keys or CIDs at once. Hot; pure functions, any thread."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import islice, pairwise
+from operator import lt
+
+from indexer.atproto.cid import CID_LENGTH
+from indexer.atproto.mst import check_path
+from indexer.atproto.node import shown, slashes
+from indexer.atproto.syntax import MAX_RKEY
+from indexer.atproto.types import Path
+from indexer.errors import MstError
+
+
+def are_cids(joined: bytes) -> bool:
+    """Whether the CIDs that were joined, of 36 bytes each, are of the two kinds that blocks may have."""
+    total = len(joined) // CID_LENGTH
+    codecs = joined[1::CID_LENGTH]
+    return (
+        len(joined) == total * CID_LENGTH
+        and joined[0::CID_LENGTH] == b"\x01" * total
+        and codecs.count(0x71) + codecs.count(0x55) == total
+        and joined[2::CID_LENGTH] == b"\x12" * total
+        and joined[3::CID_LENGTH] == b"\x20" * total
+    )
+
+
+def check_keys(keys: Sequence[bytes]) -> list[Path]:
+    """The keys of a whole tree as paths, when they ascend and are all valid; `MstError` otherwise."""
+    if not all(map(lt, keys, islice(keys, 1, None))):
+        last, key = next(pair for pair in pairwise(keys) if pair[0] >= pair[1])
+        raise MstError(f"key {shown(key)} does not come after {shown(last)}")
+    joined = b"\n".join(keys)
+    paths = joined.decode("ascii").split("\n")
+    if slashes(joined) != b"/\n" * (len(keys) - 1) + b"/":
+        for path in paths:
+            check_path(path, "")
+    # Keys are sorted, so those of a collection lie together: one look at its name is enough, and the record
+    # keys that are not allowed ("", ".", "..") have one place where they would be.
+    first = 0
+    while first < len(paths):
+        collection = check_path(paths[first], "")
+        behind = bisect_left(paths, collection + "0", first)  # "0" is the character after "/"
+        for rkey in (".", ".."):
+            place = bisect_left(paths, f"{collection}/{rkey}", first, behind)
+            if place < behind:
+                check_path(paths[place], collection)
+        first = behind
+    if max(map(len, keys)) > MAX_RKEY:
+        for path in paths:
+            if len(path) > MAX_RKEY:
+                check_path(path, "")
+    return paths
