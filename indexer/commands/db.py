@@ -11,6 +11,7 @@ import functools
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -68,23 +69,27 @@ class Place:
         try:
             with self.opened(any_format=any_format) as db:
                 return here(db)
-        except StoreLocked as locked:
+        except StoreLocked:
             try:
                 return run_client(self._asked(there))
-            except FetchTransient as error:
-                raise StoreLocked(f"{locked}; and {error}") from error
             except FetchRefused as error:  # as the command says it when no daemon runs
                 raise StoreError(str(error).removeprefix(f"{error.name}: ")) from error
 
     async def _asked(self, there: Callable[[Daemon], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """The daemon's answer, when it is the one that holds this database."""
-        theirs = await self.daemon.manage("GET", "/db/stats", patient=True)
+        held, where = f"another process holds {self.data_dir}", self.daemon.management
+        name_it = "name the daemon that holds it with --management-url or --config"
+        try:
+            theirs = await self.daemon.manage("GET", "/db/stats", patient=True)
+        except FetchTransient as error:
+            raise StoreLocked(f"{held}, and no daemon answers at {where}; {name_it}, or stop it") from error
+        except FetchRefused as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            raise StoreLocked(f"{held}, and no management listener is at {where}; {name_it}") from error
         if theirs.get("identity") != identity(self.path):
-            raise StoreLocked(
-                f"another process holds {self.data_dir}, not the daemon at {self.daemon.management}, "
-                f"which holds {theirs.get('data_dir', 'an unknown one')}; name the right one with "
-                "--management-url or --config"
-            )
+            other = theirs.get("data_dir", "another one")
+            raise StoreLocked(f"{held}, not the daemon at {where}, which holds {other}; {name_it}")
         return await there(self.daemon)
 
 

@@ -281,8 +281,14 @@ def test_a_held_database_without_a_daemon_that_answers_is_said(data: Path, capsy
         url = f"http://127.0.0.1:{holder.getsockname()[1]}"
         assert call("db", "stats", "--data-dir", data, "--management-url", url) == 1
     error = capsys.readouterr().err
-    assert "another process holds the database" in error
-    assert "no daemon answers" in error
+    assert f"another process holds {data}, and no daemon answers at {url}; name the daemon" in error
+
+
+async def test_another_listener_of_the_daemon_is_told_apart(tmp_path: Path, capsys: Output) -> None:
+    async with running(tmp_path) as node:
+        where: list[str | Path] = ["--data-dir", tmp_path, "--management-url", node.public.url]
+        assert await asyncio.to_thread(call, "db", "stats", *where) == 1
+    assert f"no management listener is at {node.public.url}" in capsys.readouterr().err
 
 
 async def test_repo_verify_through_the_daemon_and_offline(tmp_path: Path, capsys: Output) -> None:
