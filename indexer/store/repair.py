@@ -12,12 +12,12 @@ from typing import Final, NamedTuple
 from indexer.atproto.types import Cid, Did
 from indexer.config import Settings
 from indexer.errors import StoreCorrupt
-from indexer.store.check import Mine, Recount
-from indexer.store.codecs import Mode, encode_cid_key, pack
+from indexer.store.codecs import encode_cid_key, encode_u64, pack
 from indexer.store.database import Database
-from indexer.store.keyspaces import BLOCK_REFS, COUNTS, GC_QUEUE
+from indexer.store.findings import Findings
+from indexer.store.keyspaces import BLOCK_REFS, COUNTS, GC_QUEUE, REFLOG
 from indexer.store.raw import Change, RawRows
-from indexer.store.reads import Reads
+from indexer.store.recount import Recount
 from indexer.store.refcounts import CheckpointWorker
 from indexer.store.writer import Writer
 
@@ -25,7 +25,7 @@ _BATCH: Final = 2000
 
 
 class Repaired(NamedTuple):
-    references: int  # blocks whose count was set
+    references: int  # rows of counts and of the log that were set right
     totals: int
 
 
@@ -36,11 +36,19 @@ async def repair(db: Database, settings: Settings, did: Did | None = None) -> Re
     """
     await _fold(db, settings)
     with db.snapshot() as snapshot:
-        recount = _Repair(snapshot, db.mode, did, RawRows(db))
-        recount.run()
-        recount.flush()
+        repairs = _Repairs(RawRows(db), everything=did is None)
+        recount = Recount(snapshot, db.mode, did, repairs)
+        recount.rows()
+        if recount.undecodable:
+            raise StoreCorrupt(
+                f"{recount.undecodable} events do not decode, so what they refer to is unknown; "
+                "restore a backup"
+            )
+        recount.references()
+        recount.totals()
+        repairs.flush()
     db.sync_wal()
-    return Repaired(recount.references_set, recount.totals_set)
+    return Repaired(repairs.references_set, repairs.totals_set)
 
 
 async def _fold(db: Database, settings: Settings) -> None:
@@ -53,25 +61,18 @@ async def _fold(db: Database, settings: Settings) -> None:
         await writer.stop()
 
 
-class _Repair(Recount):
+class _Repairs(Findings):
     """Writes the recount where it differs; reads go on from the snapshot."""
 
-    def __init__(self, reads: Reads, mode: Mode, did: Did | None, rows: RawRows) -> None:
-        super().__init__(reads, mode, did)
+    wants_blocks = False
+
+    def __init__(self, rows: RawRows, *, everything: bool) -> None:
+        super().__init__()
         self.references_set = 0
         self.totals_set = 0
         self._rows = rows
+        self._everything = everything
         self._changes: list[Change] = []
-
-    def references(self, part: int, parts: int) -> None:
-        if self.undecodable:
-            raise StoreCorrupt(
-                f"{self.undecodable} events do not decode, so what they refer to is unknown; restore a backup"
-            )
-        super().references(part, parts)
-
-    def _unreferenced(self, mine: Mine, wanted: object) -> None:
-        """Reported by `check`; nothing to set."""
 
     def wrong_count(self, did: Did, cid: Cid, counted: int, referred: int) -> None:
         key = encode_cid_key((did, cid))
@@ -79,6 +80,19 @@ class _Repair(Recount):
             self._put((BLOCK_REFS.name, key, pack(referred)))
         else:
             self._put((BLOCK_REFS.name, key, None), (GC_QUEUE.name, key, b""))
+        self.references_set += 1
+
+    def zero_row(self, did: Did, cid: Cid) -> None:
+        # A row that belongs there after all is told as a wrong count, later.
+        key = encode_cid_key((did, cid))
+        self._put((BLOCK_REFS.name, key, None), (GC_QUEUE.name, key, b""))
+        self.references_set += 1
+
+    def folded_rows(self, first: int, last: int, position: int) -> None:
+        if not self._everything:
+            return  # the log is of all repositories
+        for key, _ in self._rows.scan(REFLOG.name, encode_u64(first), encode_u64(position)):
+            self._put((REFLOG.name, key, None))
         self.references_set += 1
 
     def wrong_total(self, name: str, stored: int, recounted: int) -> None:

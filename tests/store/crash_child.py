@@ -25,7 +25,7 @@ from indexer.store.refcounts import CheckpointWorker
 from indexer.store.retention import RetentionWorker
 from indexer.store.transaction import Transaction
 from indexer.store.writer import Writer
-from tests.store.support import Clock, block_of, cid_of, settings_of
+from tests.store.support import Clock, block_of, cid_of, founded, settings_of
 
 DIDS = [f"did:web:user{number}.test" for number in range(5)]
 #: Unit at the writer, and the function that it runs.
@@ -80,6 +80,7 @@ def commit(number: int, choice: random.Random, tx: Transaction) -> None:
     did = choice.choice(DIDS)
     if number % 40 == 39:  # the same one every time: the others live long enough to leave dead blocks
         tx.wipe_repo(DIDS[0], AccountStatus.DELETED)
+    founded(tx, did)
     for _ in range(3):
         path = f"a.b.c/{choice.randrange(12)}"
         block = block_of(f"{number}" if choice.random() < 0.5 else f"again {choice.randrange(30)}")

@@ -35,7 +35,7 @@ from indexer.store.keyspaces import BLOCKS, EVENTS, GC_QUEUE
 from indexer.store.refcounts import fold
 from indexer.store.state import State
 from indexer.store.transaction import Transaction
-from tests.store.support import SYNCED, Clock, Store, block_of, cid_of, opened
+from tests.store.support import SYNCED, Clock, Store, block_of, cid_of, founded, opened
 
 DIDS = ("did:web:a.test", "did:web:ab.test", "did:web:b.test")
 PATHS = ("a.b.c/1", "a.b.c/2", "a.b.d/1")
@@ -146,6 +146,7 @@ class Twin:
 
 def write(change: Change, tx: Transaction) -> None:
     did, path, text, flags = change
+    founded(tx, did)
     if text:
         block = block_of(text)
         tx.put_record(did, path, cid_of(block), block, "3ka", live=True, flags=flags, action="create")

@@ -41,6 +41,12 @@ def settings_of(**tables: Any) -> Settings:
     return Settings.model_validate(tables)
 
 
+def founded(tx: Transaction, did: str) -> None:
+    """Gives a repository the row without which it may hold nothing."""
+    if tx.repo(did) is None:
+        tx.set_repo(did, NEW_REPO)
+
+
 class Clock:
     """A clock that tests move."""
 
@@ -76,9 +82,12 @@ class Store:
     async def put(self, did: str, path: str, text: str, *, rev: str = REV, flags: int = 0) -> bytes:
         block = block_of(text)
         cid = cid_of(block)
-        await self.writer.run(
-            "put", lambda tx: tx.put_record(did, path, cid, block, rev, live=True, flags=flags)
-        )
+
+        def put(tx: Transaction) -> None:
+            founded(tx, did)
+            tx.put_record(did, path, cid, block, rev, live=True, flags=flags)
+
+        await self.writer.run("put", put)
         return cid
 
     async def delete(self, did: str, path: str, *, rev: str = REV) -> bool:
@@ -132,6 +141,7 @@ def put_step(did: str, path: str, text: str, *, rev: str = REV, live: bool = Tru
     block = block_of(text)
 
     def step(tx: Transaction) -> None:
+        founded(tx, did)
         tx.put_record(did, path, cid_of(block), block, rev, live=live)
 
     return step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from indexer.errors import BadInput
 from indexer.store.codecs import INVALID, OVERSIZE, AccountStatus, Mode
 from indexer.store.keyspaces import KEYSPACES, RECORDS
 from indexer.store.transaction import NewRecord, Transaction
-from tests.store.support import ALICE, BOB, REV, SYNCED, Store, block_of, cid_of, opened
+from tests.store.support import ALICE, BOB, REV, SYNCED, Store, block_of, cid_of, founded, opened
 
 Rows = dict[str, list[tuple[bytes, bytes]]]
 Act = Callable[[Transaction], None]
@@ -135,7 +136,7 @@ async def test_new_records_are_not_looked_up_one_by_one(
         raise AssertionError("put_record")
 
     async with opened(tmp_path) as store:
-        await store.do(in_bulk(ALICE, some(20)))
+        await store.do(*[partial(founded, did=did) for did in (ALICE, BOB)], in_bulk(ALICE, some(20)))
         monkeypatch.setattr(Transaction, "put_record", refuse)
         await store.do(in_bulk(ALICE, some(20, "d")), in_bulk(BOB, some(20)))
         assert store.db.count("records") == 60
@@ -144,7 +145,7 @@ async def test_new_records_are_not_looked_up_one_by_one(
 
 async def test_a_step_that_fails_takes_all_of_them_back(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
-        await store.do(in_bulk(ALICE, some(3)))
+        await store.do(partial(founded, did=ALICE), in_bulk(ALICE, some(3)))
         before = rows(store)
 
         def step(tx: Transaction) -> None:

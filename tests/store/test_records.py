@@ -9,7 +9,7 @@ import pytest
 from indexer.store.check import check
 from indexer.store.codecs import INVALID, OVERSIZE, Mode
 from indexer.store.keyspaces import BLOCKS, RECORDS, REFLOG
-from tests.store.support import ALICE, BOB, LIKE, POST, REV, SYNCED, block_of, cid_of, opened
+from tests.store.support import ALICE, BOB, LIKE, POST, REV, SYNCED, block_of, cid_of, founded, opened
 
 POSTS = "app.bsky.feed.post"
 
@@ -82,6 +82,7 @@ async def test_one_log_row_a_commit_with_all_its_changes(tmp_path: Path) -> None
         first = cid_of(block_of("one"))
         second = cid_of(block_of("two"))
         await store.do(
+            lambda tx: founded(tx, ALICE),
             lambda tx: tx.put_record(ALICE, POST, first, block_of("one"), REV, live=True),
             lambda tx: tx.put_record(ALICE, POST, second, block_of("two"), REV, live=True),
             lambda tx: tx.delete_record(ALICE, POST, REV, live=True),
@@ -160,6 +161,7 @@ async def test_ephemeral_mode_keeps_the_log_and_its_blocks_only(tmp_path: Path) 
     async with opened(tmp_path, mode=Mode(ephemeral=True)) as store:
         one, two = block_of("one"), block_of("two")
         await store.do(
+            lambda tx: founded(tx, ALICE),
             lambda tx: tx.put_record(ALICE, POST, cid_of(one), one, REV, live=True, action="create"),
             lambda tx: tx.put_record(ALICE, POST, cid_of(two), two, REV, live=True, action="update"),
             lambda tx: tx.put_record(

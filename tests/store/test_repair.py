@@ -10,14 +10,32 @@ from indexer.errors import StoreCorrupt
 from indexer.store.check import check
 from indexer.store.codecs import Mode
 from indexer.store.database import Database
-from indexer.store.keyspaces import BLOCK_REFS, BLOCKS, COUNTS, EVENTS, GC_QUEUE, RECORDS
+from indexer.store.keyspaces import (
+    BLOCK_REFS,
+    BLOCKS,
+    COUNTS,
+    EVENTS,
+    FLOOR,
+    GC_QUEUE,
+    RECORDS,
+)
 from indexer.store.raw import Change, RawRows
 from indexer.store.repair import Repaired, repair
 from tests.store.support import ALICE, BOB, LIKE, POST, SYNCED, block_of, cid_of, opened, settings_of
 from tests.store.test_check import DAMAGE, ONE, filled
 
 SETTINGS = settings_of()
-MENDED = ["count too high", "count lost", "record lost", "total wrong", "repository total wrong"]
+MENDED = [
+    "row that counts nothing",
+    "row that holds no number",
+    "rows left below the checkpoint",
+    "total of nobody",
+    "count too high",
+    "count lost",
+    "record lost",
+    "total wrong",
+    "repository total wrong",
+]
 
 
 async def damaged(path: Path, *kinds: str) -> None:
@@ -46,7 +64,11 @@ async def test_a_count_that_comes_to_zero_is_queued(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         await store.put(ALICE, POST, "one")
         await store.delete(ALICE, POST)
-        await store.do(lambda tx: tx.delete(EVENTS, 1), lambda tx: tx.add_count("events", -1))
+        await store.do(
+            lambda tx: tx.delete(EVENTS, 1),
+            lambda tx: tx.add_count("events", -1),
+            lambda tx: tx.set_cursor(FLOOR, 2),
+        )
     with Database.open(tmp_path / "db") as db:
         assert (await repair(db, SETTINGS)).references == 1
         assert [key for key, _ in db.scan(GC_QUEUE)] == [(ALICE, ONE)]
