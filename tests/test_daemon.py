@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,9 +15,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from indexer.config import load
+from indexer.config import Settings, load
 from indexer.daemon import Daemon
 from indexer.errors import StoreCorrupt, WriterPoisoned
+from indexer.ingest import Ingest
 from indexer.store.codecs import Mode
 from indexer.store.database import Database
 from tests.paths import ROOT
@@ -100,18 +102,30 @@ async def test_an_unreachable_relay_is_retried_and_a_signal_drains(
         assert db.mode == Mode()
 
 
-async def test_a_failed_commit_takes_the_daemon_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise StoreCorrupt("a block of table 000012.sst does not match its checksum")
-
-    settings = load(
+def _settings(data_dir: Path) -> Settings:
+    """Of a daemon in this process, without an upstream."""
+    return load(
         overrides={
-            "data_dir": tmp_path, "upstreams": ["ws://127.0.0.1:9"], "verifiers": 0,
+            "data_dir": data_dir, "upstreams": ["ws://127.0.0.1:9"], "verifiers": 0,
             "network": {"allow_private": True}, "public": {"bind": "127.0.0.1:0"},
             "management": {"bind": "127.0.0.1:0"},
         }
     )  # fmt: skip
-    async with Daemon(settings) as daemon:
+
+
+async def test_what_a_killed_backup_left_is_gone_after_the_start(tmp_path: Path) -> None:
+    left = tmp_path / ".checkpoint-4711"
+    left.mkdir()
+    (left / "000012.sst").write_bytes(b"a link that keeps its space")
+    async with Daemon(_settings(tmp_path)):
+        assert not left.exists()
+
+
+async def test_a_failed_commit_takes_the_daemon_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise StoreCorrupt("a block of table 000012.sst does not match its checksum")
+
+    async with Daemon(_settings(tmp_path)) as daemon:
         monkeypatch.setattr(Database, "write", broken)
         with pytest.raises(WriterPoisoned):
             await daemon.writer.run("test", lambda tx: tx.set_cursor("test", 1))
@@ -119,6 +133,79 @@ async def test_a_failed_commit_takes_the_daemon_down(tmp_path: Path, monkeypatch
             await daemon.wait_failed(20)
         async with aiohttp.ClientSession() as http, http.get(f"{daemon.management_url}/readyz") as answer:
             assert answer.status == 503
+
+
+async def test_queries_are_answered_before_the_disk_has_synced_and_before_background_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, listening = threading.Event(), asyncio.Event()
+    sync, listen = Database.sync_wal, Daemon._listen
+    began: list[str] = []
+
+    def held(db: Database) -> None:
+        assert release.wait(20)
+        sync(db)
+
+    async def seen(daemon: Daemon) -> None:
+        await listen(daemon)
+        listening.set()
+
+    async def ran(ingest: Ingest) -> None:
+        began.append("ingest")
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Database, "sync_wal", held)
+    monkeypatch.setattr(Daemon, "_listen", seen)
+    monkeypatch.setattr(Ingest, "run", ran)
+    settings = load(
+        overrides={
+            "data_dir": tmp_path, "upstreams": [], "verifiers": 0, "public": {"bind": "127.0.0.1:0"},
+            "management": {"bind": "127.0.0.1:0"},
+        }
+    )  # fmt: skip
+    daemon = Daemon(settings)
+    starting = asyncio.create_task(daemon.__aenter__())
+    try:
+        await listening.wait()
+        url = f"{daemon.public_url}/xrpc/com.atproto.sync.listRepos"
+        async with aiohttp.ClientSession() as http, http.get(url) as answer:
+            assert (answer.status, await answer.json()) == (200, {"repos": []})
+        assert (starting.done(), began) == (False, [])
+    finally:
+        release.set()
+        await starting
+        await asyncio.sleep(0)
+        await daemon.__aexit__(None, None, None)
+    assert began == ["ingest"]
+
+
+async def test_a_stop_while_the_disk_syncs_closes_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncing, release = threading.Event(), threading.Event()
+    sync = Database.sync_wal
+
+    def held(db: Database) -> None:
+        syncing.set()
+        with db._blocking("syncing"):
+            assert release.wait(20)
+        sync(db)
+
+    settings = load(
+        overrides={
+            "data_dir": tmp_path, "upstreams": [], "verifiers": 0, "public": {"bind": "127.0.0.1:0"},
+            "management": {"bind": "127.0.0.1:0"},
+        }
+    )  # fmt: skip
+    monkeypatch.setattr(Database, "sync_wal", held)
+    starting = asyncio.create_task(Daemon(settings).__aenter__())
+    await asyncio.to_thread(syncing.wait, 20)
+    asyncio.get_running_loop().call_soon(release.set)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    monkeypatch.undo()
+    Database.open(tmp_path / "db").close()
 
 
 async def test_an_unknown_setting_is_named(tmp_path: Path) -> None:
