@@ -19,7 +19,7 @@ was wrong and, where a person can act on it, what to do. No I/O; any thread.
     │   ├── FrameError           a firehose message is malformed
     │   └── DidDocumentInvalid   a DID document lacks or misstates what we need
     ├── IdentityError
-    │   ├── IdentityGone         an authoritative "no": 404, 410, no usable document
+    │   ├── IdentityGone         an authoritative "no": 404, 410, a document without key or PDS
     │   └── IdentityUnavailable  no answer now; try again later
     ├── FetchError               an HTTP fetch failed
     │   ├── UrlRefused           the guard for outbound URLs said no
@@ -42,6 +42,8 @@ was wrong and, where a person can act on it, what to do. No I/O; any thread.
 """
 
 from __future__ import annotations
+
+from typing import Self
 
 
 class IndexerError(Exception):
@@ -155,7 +157,14 @@ class IdentityUnavailable(IdentityError):
 
 
 class FetchError(IndexerError):
+    """``url``: where it was met, which a redirect may have made another host's; "" when nobody was asked."""
+
     reason = "fetch"
+    url = ""
+
+    def met_at(self, url: object) -> Self:
+        self.url = str(url)
+        return self
 
 
 class UrlRefused(FetchError):

@@ -101,10 +101,15 @@ class IdentitySettings(Section):
     error_ttl: Duration = Field(120.0, description="how long a failed resolution is remembered")
     max_body_kib: int = Field(64, ge=1, description="largest DID document")
     concurrency: int = Field(32, ge=1, description="resolutions at one time")
+    dns_timeout: Duration = Field(3.0, gt=0, description="time for one DNS question")
+    web_requests_per_s: float = Field(5.0, gt=0, description="requests a second to one did:web host")
 
 
 class PlcSettings(Section):
     max_requests_per_s: float = Field(50.0, gt=0, description="requests a second to a PLC directory")
+    failover_time: Duration = Field(
+        60.0, description="how long a directory that gave no answer is asked after the others"
+    )
 
 
 class StoreSettings(Section):
@@ -191,6 +196,7 @@ class BackfillSettings(Section):
     chunk_records: int = Field(1000, ge=1, description="records applied in one step")
     timeout: Duration = Field(300.0, gt=0, description="time for one fetch")
     min_kib_per_s: float = Field(8.0, ge=0, description="slowest fetch that is tolerated")
+    grace: Duration = Field(20.0, description="time until a fetch is judged by its speed")
     retry_min: Duration = Field(5.0, description="first wait after a failed fetch")
     retry_max: Duration = Field(3600.0, description="longest wait after a failed fetch")
     min_rev_tries: int = Field(5, ge=1, description="fetches below min_rev before one is taken marked")

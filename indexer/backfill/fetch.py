@@ -19,13 +19,11 @@ import orjson
 
 from indexer.atproto.types import Did
 from indexer.backfill.budget import Share
-from indexer.backfill.hosts import exhausted_s, reset_s
+from indexer.backfill.hosts import exhausted_s
 from indexer.config import BackfillSettings
 from indexer.errors import FetchError, FetchRefused, FetchTransient
-from indexer.identity.http import HttpClient, StreamResponse, retry_after
+from indexer.identity.http import HttpClient, StreamResponse, asked_wait
 
-#: Before a host's throughput is judged it may take this long, to build the CAR of a large repository.
-GRACE_S = 20.0
 #: Most of an error answer that is read for its name.
 MAX_ERROR_BODY = 16_384
 #: The client's own time limit, out of the way: a download is judged by its `Deadline`.
@@ -34,11 +32,13 @@ GET_REPO = "/xrpc/com.atproto.sync.getRepo?did="
 
 
 class Fetched(NamedTuple):
-    """A CAR on disk. ``pause`` is how long the host wants to be left alone from now on, if it said so."""
+    """A CAR on disk. ``pause`` is how long the host of ``url``, where redirects ended, wants to be left alone
+    from now on, if it said so."""
 
     path: Path
     size: int
     pause: float | None
+    url: str
 
 
 class Spool:
@@ -71,19 +71,21 @@ class Spool:
 class Deadline:
     """When a download is too slow: at ``total`` seconds, or when its mean rate falls below ``rate`` bytes/s.
 
-    Time spent waiting for room in the budget is ours, not the host's, and does not count.
+    The first ``grace`` seconds are not counted for the rate: a host needs time to build a large CAR. Time
+    spent waiting for room in the budget is ours, not the host's, and does not count at all.
     """
 
-    def __init__(self, total: float, rate: float, started: float) -> None:
+    def __init__(self, total: float, rate: float, grace: float, started: float) -> None:
         self._total = total
         self._rate = rate
+        self._grace = grace
         self.started = started
 
     def at(self, received: int) -> float:
         """The moment by which more must have come."""
         if self._rate <= 0:
             return self.started + self._total
-        return self.started + min(self._total, GRACE_S + received / self._rate)
+        return self.started + min(self._total, self._grace + received / self._rate)
 
     def over_total(self, now: float) -> bool:
         return now - self.started >= self._total
@@ -99,20 +101,23 @@ async def fetch_repo(
     """
     url = origin.rstrip("/") + GET_REPO + quote(did, safe=":")
     now = asyncio.get_running_loop().time
-    deadline = Deadline(settings.timeout, settings.min_kib_per_s * 1024, now())
+    deadline = Deadline(settings.timeout, settings.min_kib_per_s * 1024, settings.grace, now())
+    served = url
     request = http.stream(url, max_bytes=settings.max_car_mib << 20, timeout=OWN_TIMER_S)
     try:
         async with asyncio.timeout_at(deadline.at(0)) as timer, request as response:
+            served = response.url
             if response.status != 200:
                 await _refuse(response, origin)
             await _spool(response.chunks, path, share, deadline, timer)
             pause = exhausted_s(response.headers, time.time())
     except TimeoutError as error:
         reason = "timeout" if deadline.over_total(now()) else "slow"
-        raise FetchTransient(f"{origin} sent {share.size} bytes, too slowly", reason=reason) from error
+        message = f"{origin} sent {share.size} bytes, too slowly"
+        raise FetchTransient(message, reason=reason).met_at(served) from error
     except OSError as error:
         raise FetchError(f"cannot spool a repository: {error}", reason="spool") from error
-    return Fetched(path, share.size, pause)
+    return Fetched(path, share.size, pause, served)
 
 
 async def _spool(
@@ -132,21 +137,22 @@ async def _spool(
 
 async def _refuse(response: StreamResponse, origin: str) -> None:
     """Raises what an answer other than 200 means."""
-    status, headers = response.status, response.headers
-    wait = retry_after(headers)
-    if wait is None:
-        wait = reset_s(headers, time.time())
+    status, url = response.status, response.url
+    wait = asked_wait(response.headers)
     if status == 429:
-        raise FetchTransient(f"{origin} asks for fewer requests", retry_after=wait, reason="rate_limited")
+        message = f"{origin} asks for fewer requests"
+        raise FetchTransient(message, retry_after=wait, reason="rate_limited").met_at(url)
     if status >= 500 and status != 501:
-        raise FetchTransient(f"{origin} answered {status}", retry_after=wait, reason="http_5xx")
+        message = f"{origin} answered {status}"
+        raise FetchTransient(message, retry_after=wait, reason="http_5xx").met_at(url)
     body = b""
     async for chunk in response.chunks:
         body += chunk
         if len(body) > MAX_ERROR_BODY:
             break
     name = error_name(body)
-    raise FetchRefused(f"{origin} answered {status} {name or 'without a reason'}", status=status, name=name)
+    message = f"{origin} answered {status} {name or 'without a reason'}"
+    raise FetchRefused(message, status=status, name=name).met_at(url)
 
 
 def error_name(body: bytes) -> str:

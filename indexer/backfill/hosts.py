@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from indexer.identity.http import reset_s
+
 #: Failures in a row after which a host as a whole is left alone, not just the repository that met them.
 FAULTS_BEFORE_PENALTY = 3
 #: Hosts remembered; beyond it those that it costs least to forget go, a part of them at once.
 MAX_HOSTS = 10_000
 _KEPT = 0.75
-#: A ``ratelimit-reset`` from here on is a moment (Unix time), below it a number of seconds.
-UNIX_TIMES_FROM = 1e9
 
 
 def host_of(url: str) -> str:
@@ -36,18 +36,6 @@ def backoff_s(
     if retry_after is not None:
         wait = max(wait, min(retry_after, maximum) * (1 + jitter / 10))
     return wait
-
-
-def reset_s(headers: Mapping[str, str], now_s: float) -> float | None:
-    """Seconds until a rate limit's window ends, by ``ratelimit-reset``; None when that is not given.
-
-    PDSes send a moment in Unix time, the IETF draft a number of seconds.
-    """
-    value = headers.get("ratelimit-reset", "").strip()
-    if not (value.isascii() and value.isdigit() and len(value) < 16):
-        return None
-    reset = float(value)
-    return max(0.0, reset - now_s) if reset >= UNIX_TIMES_FROM else reset
 
 
 def exhausted_s(headers: Mapping[str, str], now_s: float) -> float | None:

@@ -25,6 +25,7 @@ from indexer.backfill.hosts import Hosts, host_of
 from indexer.backfill.outcome import (
     BELOW_MIN_REV,
     DRAIN,
+    HOST_BUSY,
     accepts_old,
     judge,
     reason_of,
@@ -35,7 +36,7 @@ from indexer.backfill.rows import Asked, ClaimUnit, FailUnit, asked_now, is_wait
 from indexer.backfill.stats import Stats
 from indexer.backfill.verify import Verified, verify_car
 from indexer.config import Settings
-from indexer.errors import CommitError, FetchTransient, IdentityError, IndexerError, StoreError
+from indexer.errors import CommitError, FetchError, FetchTransient, IdentityError, IndexerError, StoreError
 from indexer.identity.http import HttpClient
 from indexer.identity.resolver import Identity, Resolver
 from indexer.pool import Pool
@@ -116,8 +117,9 @@ class Job:
         with tools.budget.share() as share:
             await share.room()
             host = host_of(self._origins(identity)[0])
-            if not tools.hosts.free(host):
-                return host
+            for needed in (host, host_of(identity.pds)):  # a relay redirects to the PDS
+                if not tools.hosts.free(needed):
+                    return needed
             async with AsyncExitStack() as slot:
                 self._hold(host, slot)
                 claimed = await tools.writer.run("backfill_claim", ClaimUnit(self._did, identity))
@@ -169,13 +171,14 @@ class Job:
         try:
             return await self._obtain_from(others[0], identity, share)
         except IndexerError as error:
-            raise (refusal if first == identity.pds else error) from error
+            busy = error.reason == HOST_BUSY  # it was not asked
+            raise (refusal if busy or first == identity.pds else error) from error
 
     async def _obtain_from(self, origin: str, identity: Identity, share: Share) -> Obtained:
         tools, limits = self._tools, self._tools.settings.backfill
         share.shrink()
         asked = asked_now(tools.db, self._did) if origin == identity.pds else None
-        fetched = await self._fetch(origin, share)
+        fetched = await self._fetch(origin, identity.pds, share)
         tools.stats.fetched(fetched.size)
         verified = await tools.pool.run(
             verify_car,
@@ -200,24 +203,27 @@ class Job:
             raise FetchTransient(message, reason=BELOW_MIN_REV)
         return f"accepted_{BELOW_MIN_REV}: {message}"
 
-    async def _fetch(self, origin: str, share: Share) -> Fetched:
+    async def _fetch(self, origin: str, pds: str, share: Share) -> Fetched:
+        """What ``origin`` serves. Where it redirects to the account's PDS, the PDS answers for itself."""
         hosts, host = self._tools.hosts, host_of(origin)
         if host == self._held:
             self._held = ""  # its slot is given back below, before the CAR is verified
         elif hosts.free(host):
             hosts.take(host)
         else:
-            raise FetchTransient(f"{host} is busy", reason="host_busy")
+            raise FetchTransient(f"{host} is busy", reason=HOST_BUSY)
         try:
             fetched = await fetch_repo(
                 self._tools.http, origin, self._did, self._car, share, self._tools.settings.backfill
             )
         except IndexerError as error:
-            self._blame(host, error)
+            url = error.url if isinstance(error, FetchError) else ""
+            self._blame(host_of(pds) if host_of(url) == host_of(pds) else host, error)
             raise
         finally:
             hosts.release(host)
-        hosts.success(host, pause=fetched.pause)
+        served_by_pds = host_of(fetched.url) == host_of(pds)
+        hosts.success(host_of(pds) if served_by_pds else host, pause=fetched.pause)
         return fetched
 
     def _blame(self, host: str, error: IndexerError) -> None:

@@ -31,8 +31,13 @@ ACCOUNT_ANSWERS: Final = {
 }
 BELOW_MIN_REV: Final = "below_min_rev"
 DRAIN: Final = "drain"
-#: Reasons of a `FetchTransient` that say nothing about the health of the host.
-_NOT_THE_HOST: Final = frozenset({BELOW_MIN_REV, DRAIN, "too_large", "spool"})
+HOST_BUSY: Final = "host_busy"
+#: Statuses that are about what was asked for, also where a host gives no XRPC name with them.
+_ABOUT_THE_REPO: Final = (400, 404, 410)
+#: Reasons to try again that say nothing about the health of the host.
+_NOT_THE_HOST: Final = frozenset(
+    {BELOW_MIN_REV, DRAIN, "too_large", "spool", *(f"http_{status}" for status in _ABOUT_THE_REPO)}
+)
 
 
 class Failure(NamedTuple):
@@ -81,7 +86,10 @@ def wants_fresh_identity(error: IndexerError) -> bool:
 
 def worth_another_host(error: IndexerError) -> bool:
     """Whether a relay may have what the PDS did not give; its word about the account is final."""
-    return isinstance(error, FetchError) and judge(error).of_host and not judge(error).rate_limited
+    failure = judge(error)
+    if isinstance(error, FetchRefused) and failure.outcome == "retry" and error.name != "TooLarge":
+        return True
+    return isinstance(error, FetchError) and failure.of_host and not failure.rate_limited
 
 
 def failed(

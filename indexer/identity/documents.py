@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
+from time import monotonic
 
 import orjson
 
@@ -19,7 +21,6 @@ from indexer.errors import (
     DidDocumentInvalid,
     FetchRefused,
     FetchTransient,
-    IdentityError,
     IdentityGone,
     IdentityUnavailable,
     UrlRefused,
@@ -29,24 +30,37 @@ from indexer.identity.http import HttpClient, Response
 
 #: Longest time that one answer of a directory can hold back the next request, in seconds.
 _MAX_PAUSE_S = 60.0
-#: Requests a second to one did:web host, whoever makes us ask: a flood of hints must not become one on it.
-WEB_REQUESTS_PER_S = 5.0
 _WEB_HOSTS, _WEB_PACE_S = 4096, 60.0
 _plc = re.compile(r"did:plc:[a-z2-7]{24}").fullmatch
 _local_web = re.compile(r"localhost(?:%3[aA]([1-9][0-9]{0,4}))?").fullmatch
 _HEADERS = {"Accept": "application/did+ld+json, application/json"}
 
 
+class _Directory:
+    """One PLC directory: its own pace, and until when it is asked after the others."""
+
+    __slots__ = ("last_until", "pace", "url")
+
+    def __init__(self, url: str, per_s: float) -> None:
+        self.url = url.rstrip("/")
+        self.pace = Pace(per_s)
+        self.last_until = 0.0
+
+
 class DocumentSource:
     """Asks for one document at a time; raises `IdentityGone` or `IdentityUnavailable`."""
 
-    def __init__(self, http: HttpClient, settings: Settings) -> None:
+    def __init__(
+        self, http: HttpClient, settings: Settings, *, clock: Callable[[], float] = monotonic
+    ) -> None:
         self._http = http
+        self._clock = clock
         self._allow_private = settings.network.allow_private
         self._max_bytes = settings.identity.max_body_kib * 1024
-        self._directories = [url.rstrip("/") for url in settings.plc_urls]
+        self._directories = [_Directory(url, settings.plc.max_requests_per_s) for url in settings.plc_urls]
+        self._failover_time = settings.plc.failover_time
         self._permits = asyncio.Semaphore(settings.identity.concurrency)
-        self._plc_pace = Pace(settings.plc.max_requests_per_s)
+        self._web_per_s = settings.identity.web_requests_per_s
         self._host_paces: TtlCache[str, Pace] = TtlCache(_WEB_HOSTS)
 
     async def fetch(self, did: Did) -> DidDocument:
@@ -56,65 +70,61 @@ class DocumentSource:
         url = web_url(did, allow_local=self._allow_private)
         await self._host_pace(did).wait()
         try:
-            return await self._fetch(did, url)
+            return self._document(did, await self._get(did, url))
         except UrlRefused as error:
             raise IdentityGone(f"{did}: {error}") from error
 
     def _host_pace(self, did: Did) -> Pace:
         pace = self._host_paces.get(did)
         if pace is None:
-            pace = Pace(WEB_REQUESTS_PER_S)
+            pace = Pace(self._web_per_s)
             self._host_paces.put(did, pace, _WEB_PACE_S)
         return pace
 
     async def _fetch_plc(self, did: Did) -> DidDocument:
+        """From the first directory that answers; a no of one is final, nonsense is no answer."""
         if _plc(did) is None:
             raise IdentityGone(f"not a did:plc: {did[:80]!r}")
-        failure: IdentityError | None = None
-        for directory in self._directories:
-            await self._plc_pace.wait()
-            problem: IdentityError
+        failure: IdentityUnavailable | None = None
+        now = self._clock()
+        for directory in sorted(self._directories, key=lambda one: one.last_until > now):
             try:
-                return await self._fetch(did, f"{directory}/{did}")
+                return await self._ask(directory, did)
             except UrlRefused as error:
-                problem = IdentityUnavailable(f"plc_urls: {error}")
-            except (_Unusable, IdentityUnavailable) as error:
-                problem = error
-            # A mirror that answers nonsense must not speak for one that does not answer now.
-            if failure is None or isinstance(failure, _Unusable):
-                failure = problem
+                failure = failure or IdentityUnavailable(f"plc_urls: {error}")
+            except IdentityUnavailable as error:
+                failure = failure or error
+            directory.last_until = self._clock() + self._failover_time
         raise failure or IdentityUnavailable("no PLC directory is configured (plc_urls)")
 
-    async def _fetch(self, did: Did, url: str) -> DidDocument:
+    async def _ask(self, directory: _Directory, did: Did) -> DidDocument:
+        await directory.pace.wait()
+        response = await self._get(did, f"{directory.url}/{did}")
+        if response.status == 429:
+            asked = response.retry_after
+            directory.pace.pause(min(1.0 if asked is None else asked, _MAX_PAUSE_S))
+        document = self._document(did, response)
+        directory.last_until = 0.0
+        return document
+
+    async def _get(self, did: Did, url: str) -> Response:
         try:
             async with self._permits:
-                response = await self._http.get(url, max_bytes=self._max_bytes, headers=_HEADERS)
-        except FetchTransient as error:
+                return await self._http.get(url, max_bytes=self._max_bytes, headers=_HEADERS)
+        except (FetchTransient, FetchRefused) as error:
             raise IdentityUnavailable(f"{did}: {error}") from error
-        except FetchRefused as error:
-            raise _Unusable(f"{did}: {error}") from error
-        if response.status == 200:
-            return self._parse(did, response)
-        raise self._no_document(did, response)
 
-    def _parse(self, did: Did, response: Response) -> DidDocument:
+    def _document(self, did: Did, response: Response) -> DidDocument:
+        """What the answer says: a document, an authoritative no, or nothing that can be used."""
+        message = f"{did}: status {response.status} from {response.url}"
+        if response.status in (404, 410):
+            raise IdentityGone(message, tombstone=response.status == 410)
+        if response.status != 200:
+            raise IdentityUnavailable(message)
         try:
             return parse_did_document(orjson.loads(response.body), did, allow_http=self._allow_private)
         except (orjson.JSONDecodeError, DidDocumentInvalid) as error:
-            raise _Unusable(f"{did}: {error}") from error
-
-    def _no_document(self, did: Did, response: Response) -> IdentityError:
-        message = f"{did}: status {response.status} from {response.url}"
-        if response.status in (404, 410):
-            return IdentityGone(message, tombstone=response.status == 410)
-        if response.status == 429 and did.startswith("did:plc:"):
-            asked = response.retry_after
-            self._plc_pace.pause(min(1.0 if asked is None else asked, _MAX_PAUSE_S))
-        return IdentityUnavailable(message)
-
-
-class _Unusable(IdentityGone):
-    """A 200 that is no document of this DID: a no, though not the directory's own no."""
+            raise IdentityUnavailable(f"{did}: no document of it from {response.url}: {error}") from error
 
 
 def web_url(did: Did, *, allow_local: bool) -> str:

@@ -26,7 +26,6 @@ from indexer.errors import (
 )
 from indexer.identity.http import HttpClient
 
-DNS_TIMEOUT_S = 3.0
 MAX_BODY_BYTES = 2048
 _REFUSED_TLDS = frozenset(("alt", "arpa", "example", "internal", "invalid", "local", "localhost", "onion"))
 _DEVELOPMENT_TLD = "test"  # in no public DNS: only a server of one's own is asked
@@ -55,6 +54,7 @@ class HandleLookup:
         self._http = http
         self._allow_private = settings.network.allow_private
         self._dns = _nameserver(settings.network.dns_server)
+        self._dns_timeout = settings.identity.dns_timeout
         self._system_dns = not settings.network.dns_server
         self._permits = asyncio.Semaphore(settings.identity.concurrency)
 
@@ -90,7 +90,7 @@ class HandleLookup:
             return None
         try:
             answer = await self._dns.resolve(
-                f"_atproto.{handle}.", dns.rdatatype.TXT, lifetime=DNS_TIMEOUT_S, search=False
+                f"_atproto.{handle}.", dns.rdatatype.TXT, lifetime=self._dns_timeout, search=False
             )
         except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
             return None

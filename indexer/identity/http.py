@@ -26,6 +26,8 @@ MAX_REDIRECTS = 5
 MAX_CONNECTIONS = 512
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _CHUNK = 1 << 16
+#: A ``ratelimit-reset`` from here on is a moment (Unix time), below it a number of seconds.
+_UNIX_TIMES_FROM = 1e9
 _USER_AGENT = "atproto-indexer"
 
 
@@ -40,7 +42,7 @@ class Response(NamedTuple):
     @property
     def retry_after(self) -> float | None:
         """Seconds that the host asks us to wait, None when it does not say."""
-        return retry_after(self.headers)
+        return asked_wait(self.headers)
 
     def xrpc_error(self) -> tuple[str, str]:
         """Name and message of an XRPC error body; empty where it is something else."""
@@ -72,6 +74,24 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time())
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def reset_s(headers: Mapping[str, str], now_s: float) -> float | None:
+    """Seconds until a rate limit's window ends, by ``ratelimit-reset``; None when that is not given.
+
+    PDSes send a moment in Unix time, the IETF draft a number of seconds.
+    """
+    value = headers.get("ratelimit-reset", "").strip()
+    if not (value.isascii() and value.isdigit() and len(value) < 16):
+        return None
+    reset = float(value)
+    return max(0.0, reset - now_s) if reset >= _UNIX_TIMES_FROM else reset
+
+
+def asked_wait(headers: Mapping[str, str]) -> float | None:
+    """The wait that a refusal asks for, in whichever of its forms."""
+    wait = retry_after(headers)
+    return reset_s(headers, time()) if wait is None else wait
 
 
 class HttpClient:
@@ -161,14 +181,16 @@ class HttpClient:
             if response.status not in _REDIRECTS or "Location" not in response.headers:
                 return response
             response.close()
-            followed = _join(target, response.headers["Location"])
-            next_target = check_url(followed, self.network)
+            try:
+                next_target = check_url(_join(target, response.headers["Location"]), self.network)
+            except UrlRefused as error:
+                raise error.met_at(target) from None
             if next_target.origin() != target.origin():
                 sent = {name: value for name, value in sent.items() if name.lower() != "authorization"}
             target = next_target
         raise FetchRefused(
             f"more than {MAX_REDIRECTS} redirects: {url}", status=response.status, name="TooManyRedirects"
-        )
+        ).met_at(target)
 
     async def _request(self, target: URL, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         if self._session is None:
@@ -191,22 +213,24 @@ def _join(base: URL, location: str) -> URL:
 
 
 def _unusable(url: object, error: Exception) -> UrlRefused:
-    return UrlRefused(f"refused URL {str(url)[:120]!r}: {str(error)[:200]}")
+    return UrlRefused(f"refused URL {str(url)[:120]!r}: {str(error)[:200]}").met_at(url)
 
 
 def _transient(url: object, error: Exception) -> FetchTransient:
     if isinstance(error, TimeoutError):
-        return FetchTransient(f"timed out: {url}", reason="timeout")
-    return FetchTransient(f"fetch failed: {url}: {str(error) or type(error).__name__}")
+        return FetchTransient(f"timed out: {url}", reason="timeout").met_at(url)
+    return FetchTransient(f"fetch failed: {url}: {str(error) or type(error).__name__}").met_at(url)
 
 
 async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> AsyncIterator[bytes]:
     """The body as it arrives; more than ``max_bytes`` of it is refused as soon as that is known."""
     if response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity"):
-        raise FetchTransient(f"unasked Content-Encoding: {response.url}", reason="encoding")
+        raise FetchTransient(f"unasked Content-Encoding: {response.url}", reason="encoding").met_at(
+            response.url
+        )
     too_large = FetchRefused(
         f"the body is larger than {max_bytes} bytes: {response.url}", status=response.status, name="TooLarge"
-    )
+    ).met_at(response.url)
     if (response.content_length or 0) > max_bytes:
         raise too_large
     received = 0

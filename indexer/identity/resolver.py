@@ -44,7 +44,7 @@ class Resolver:
         self, http: HttpClient, settings: Settings, *, clock: Callable[[], float] = monotonic
     ) -> None:
         limits = settings.identity
-        self._documents = DocumentSource(http, settings)
+        self._documents = DocumentSource(http, settings, clock=clock)
         self._identities = _Flights(self._fetch, limits, clock)
         self._handles = _Flights(HandleLookup(http, settings).lookup, limits, clock)
 

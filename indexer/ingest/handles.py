@@ -44,25 +44,26 @@ class HandleWork:
             return None
         if wait := self._pace.wait_s(did, Work.VERIFY_HANDLE):
             return wait
-        last = self._pace.ask(did, Work.VERIFY_HANDLE) + 1 >= _MAX_TRIES
+        failures = self._pace.ask(did, Work.VERIFY_HANDLE)
         try:
             identity = await tools.resolver.resolve(did)
         except IdentityGone:
             claimed, handle = "", INVALID_HANDLE
         else:
-            claimed, handle = identity.handle, await self._verified(identity, last=last)
+            claimed, handle = identity.handle, await self._verified(identity, failures)
         self._pace.answered(did, Work.VERIFY_HANDLE)
         done = await tools.writer.run("handle", lambda tx: self._answers.handle(tx, did, claimed, handle))
         return None if done else tools.settings.ingest.refresh_interval
 
-    async def _verified(self, identity: Identity, *, last: bool) -> Handle:
+    async def _verified(self, identity: Identity, failures: int) -> Handle:
+        """The claimed handle if it names its account today: what it named before does not count."""
         claimed = identity.handle
         if not claimed or not self._can_be_asked(claimed):
             return INVALID_HANDLE
         try:
-            named = await self._tools.resolver.resolve_handle(claimed)
+            named = await self._tools.resolver.resolve_handle(claimed, refresh=not failures)
         except IdentityUnavailable:
-            if not last:
+            if failures + 1 < _MAX_TRIES:
                 raise
         except IdentityError:
             pass

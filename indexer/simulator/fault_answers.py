@@ -33,7 +33,7 @@ CAR_TYPE = "application/vnd.ipld.car"
 JSON = "application/json"
 #: Where a redirect to a private address leads unless it is told: the metadata service of clouds.
 PRIVATE_URL: Final = "http://169.254.169.254/latest/meta-data/"
-_BOMB_BYTES = 32 << 20
+_BOMB_BYTES = 8 << 20
 _HUGE_BODY = 1 << 20
 _STATUSES = (400, 401, 403, 404, 408, 410, 500, 501, 502, 503, 504)
 _STRANGER = "did:plc:" + "z" * 24

@@ -226,11 +226,11 @@ async def test_a_body_that_stalls_is_given_up(tmp_path: Path) -> None:
 
 
 def test_a_trickle_is_given_up_before_the_total_time() -> None:
-    deadline = Deadline(300.0, 8192.0, started=1000.0)
+    deadline = Deadline(300.0, 8192.0, 20.0, started=1000.0)
     assert deadline.at(0) == 1020.0
     assert deadline.at(8192 * 10) == 1030.0
     assert deadline.at(1 << 40) == 1300.0
-    assert Deadline(300.0, 0.0, started=1000.0).at(0) == 1300.0
+    assert Deadline(300.0, 0.0, 20.0, started=1000.0).at(0) == 1300.0
 
 
 async def test_a_connection_cut_in_the_body_is_tried_again(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from indexer.backfill import hosts as module
-from indexer.backfill.hosts import Hosts, backoff_s, exhausted_s, host_of, reset_s
+from indexer.backfill.hosts import Hosts, backoff_s, exhausted_s, host_of
+from indexer.identity.http import reset_s
 
 NOW = 1_800_000_000.0
 

@@ -195,6 +195,7 @@ class World:
     def __init__(self, path: Path, host: Host, **sections: Any) -> None:
         self.host = host
         self.settings = settings(path, host, **sections)
+        self.http = HttpClient(self.settings.network)
         self.drained: list[Did] = []
         self.woken: list[Did] = []
         self.can_drain = True
@@ -215,7 +216,7 @@ class World:
         stack.push_async_callback(self.writer.stop)
         pool = Pool(0)
         stack.push_async_callback(pool.stop)
-        http = await stack.enter_async_context(HttpClient(self.settings.network))
+        http = await stack.enter_async_context(self.http)
         self.resolver = Resolver(http, self.settings)
         stack.push_async_callback(self.resolver.close)
         self.backfill = Backfill(

@@ -59,6 +59,11 @@ def answering(status: int = 200, body: bytes = b"", headers: Mapping[str, str] |
     return handler
 
 
+def server_tls() -> ssl.SSLContext:
+    """The servers' side of it."""
+    return _contexts()[0]
+
+
 def client_tls() -> ssl.SSLContext:
     """A context that trusts the servers made here."""
     return _contexts()[1]

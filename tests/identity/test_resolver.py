@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -53,6 +54,7 @@ class Directory:
     def __init__(self, **answers: Any) -> None:
         self.documents: dict[str, Any] = answers
         self.asked: Counter[str] = Counter()
+        self.headers = {"Retry-After": "0"}  # of a 429
         self.wait: Callable[[], Awaitable[object]] | None = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -62,7 +64,7 @@ class Directory:
             await self.wait()
         answer = self.documents.get(did, 404)
         if isinstance(answer, int):
-            headers = {"Retry-After": "0"} if answer == 429 else {}
+            headers = self.headers if answer == 429 else {}
             return web.Response(status=answer, headers=headers)
         if isinstance(answer, bytes):
             return web.Response(body=answer)
@@ -76,7 +78,7 @@ async def resolving(
     """A resolver whose PLC directories are ``directories``, in order."""
     async with _served(list(directories)) as urls:
         chosen = settings(
-            network={"allow_private": True}, plc_urls=urls, plc={"max_requests_per_s": 1000}, **tables
+            network={"allow_private": True}, plc_urls=urls, **{"plc": {"max_requests_per_s": 1000}, **tables}
         )
         async with HttpClient(chosen.network) as http:
             resolver = Resolver(http, chosen, clock=clock or Clock())
@@ -209,13 +211,13 @@ async def test_what_is_under_way_ends_with_the_resolver() -> None:
         (429, IdentityUnavailable, None),
         (500, IdentityUnavailable, None),
         (502, IdentityUnavailable, None),
-        (b"<html>", IdentityGone, False),
-        (b"", IdentityGone, False),
-        ([], IdentityGone, False),
-        (document(BOB), IdentityGone, False),
+        (b"<html>", IdentityUnavailable, None),
+        (b"", IdentityUnavailable, None),
+        ([], IdentityUnavailable, None),
+        (document(BOB), IdentityUnavailable, None),
         (document(ANN, verificationMethod=[]), IdentityGone, False),
         (document(ANN, service=[]), IdentityGone, False),
-        (document(ANN, padding="x" * 70_000), IdentityGone, False),
+        (document(ANN, padding="x" * 70_000), IdentityUnavailable, None),
     ],
 )
 async def test_what_an_answer_means(answer: Any, error: type[IdentityError], tombstone: bool | None) -> None:
@@ -327,6 +329,38 @@ async def test_a_lying_directory_does_not_speak_for_the_others() -> None:
                 await resolver.resolve(ANN)
 
 
+async def test_a_directory_without_an_answer_is_asked_after_the_others_for_a_while() -> None:
+    clock, dids = Clock(), [ANN, BOB, "did:plc:" + "c" * 24]
+    documents = {did: document(did) for did in dids}
+    down, up = Directory(**dict.fromkeys(dids, 503)), Directory(**documents)
+    async with resolving(
+        down, up, clock=clock, plc={"max_requests_per_s": 1000, "failover_time": 60}
+    ) as resolver:
+        for did in dids[:2]:
+            assert (await resolver.resolve(did)).did == did
+        assert (down.asked.total(), up.asked.total()) == (1, 2)
+        up.documents[ANN] = 503  # both are: the first gets its turn all the same
+        down.documents = documents
+        assert (await resolver.resolve(ANN, refresh=True)).did == ANN
+        assert down.asked[ANN] == 2
+        clock.now += 61
+        assert (await resolver.resolve(dids[2])).did == dids[2]
+        assert (down.asked.total(), up.asked.total()) == (3, 3)
+
+
+async def test_a_directory_that_asks_for_patience_holds_nobody_back_where_there_is_another() -> None:
+    busy, up = Directory(**{ANN: 429, BOB: 429}), Directory(**{ANN: document(ANN), BOB: document(BOB)})
+    busy.headers = {"RateLimit-Reset": "3600"}
+    async with resolving(busy, up) as resolver:
+        async with asyncio.timeout(5):
+            assert (await resolver.resolve(ANN)).did == ANN
+            assert (await resolver.resolve(BOB)).did == BOB
+        assert busy.asked.total() == 1
+        paces = [directory.pace for directory in resolver._documents._directories]
+        assert paces[0]._next - monotonic() > 30
+        assert paces[1]._next - monotonic() < 1
+
+
 async def test_a_directorys_no_is_final() -> None:
     no, yes = Directory(**{ANN: 410}), Directory(**{ANN: document(ANN)})
     async with resolving(no, yes) as resolver:
@@ -410,12 +444,12 @@ async def test_a_did_web_that_points_inside_is_no_document() -> None:
                 await resolver.resolve(f"did:web:{host}.example.com")
 
 
-async def test_a_did_web_that_redirects_in_a_circle_is_no_document() -> None:
+async def test_a_did_web_that_redirects_in_a_circle_gives_no_answer() -> None:
     async def around(request: web.Request) -> web.Response:
         return web.Response(status=302, headers={"Location": request.path})
 
     async with web_resolving(around, "ann.example.com") as resolver:
-        with pytest.raises(IdentityGone, match="redirects"):
+        with pytest.raises(IdentityUnavailable, match="redirects"):
             await resolver.resolve("did:web:ann.example.com")
 
 
