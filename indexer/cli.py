@@ -20,11 +20,13 @@ COMMANDS = {
     "demo": ("indexer.commands.demo:demo", "Run the daemon against a simulated network; no internet needed."),
     "simulate": ("indexer.commands.simulate:simulate", "Run only the simulated network."),
     "repo": ("indexer.commands.repo:repo", "Follow repositories and look at their state."),
+    "source": ("indexer.commands.source:source", "List, add and remove upstreams; set their cursors."),
     "filter": ("indexer.commands.filter:filter_", "Show and change what is followed and kept."),
     "get": ("indexer.commands.client:get", "Print a record by its at:// URI."),
     "stream": ("indexer.commands.client:stream", "Print the event stream."),
     "db": ("indexer.commands.db:db", "Look after the database: check, compact, back up, restore, migrate."),
     "car": ("indexer.commands.car:car", "Inspect, verify and unpack repository CAR files."),
+    "debug": ("indexer.commands.debug:debug", "Look at what was refused."),
     "config": ("indexer.commands.config:config", "Show and check settings."),
 }
 

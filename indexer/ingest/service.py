@@ -93,6 +93,8 @@ class Ingest:
 
     async def run(self) -> None:
         """Follows every upstream until `stop`; raises what ends one of the parts."""
+        if self._stopping:  # told before it began
+            return
         self._task = asyncio.current_task()
         try:
             if self._own_http:

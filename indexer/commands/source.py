@@ -1,0 +1,131 @@
+"""`indexer source`: the upstreams that are followed, through a running daemon's management listener.
+
+Owns the options and the output. An upstream is named as in the settings: `wss://host` is a relay,
+`pds::wss://host` a PDS.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import urlencode
+
+import click
+
+from indexer.commands.client import Daemon, run_client, safe_json, safe_text, with_daemon
+from indexer.errors import RequestError
+
+_PDS: Final = "pds::"
+_PLACES: Final = ("oldest", "live")
+_json = click.option("--json", "raw", is_flag=True, help="JSON.")
+
+
+@click.group()
+def source() -> None:
+    """List, add and remove upstreams; set their cursors."""
+
+
+@source.command("list")
+@_json
+@with_daemon
+def list_sources(daemon: Daemon, raw: bool) -> None:
+    """List upstreams: name, state, cursor, lag, last failure."""
+
+    async def main() -> None:
+        for item in await daemon.manage("GET", "/firehose/sources"):
+            click.echo(safe_json(json.dumps(item)) if raw else _line(item))
+
+    run_client(main())
+
+
+@source.command()
+@click.argument("url")
+@click.option("--cursor", help="Where to begin: a sequence number, oldest or live  [default: live]")
+@_json
+@with_daemon
+def add(daemon: Daemon, url: str, cursor: str | None, raw: bool) -> None:
+    """Follow URL from now on, also after a restart."""
+    body = _named(url) | ({} if cursor is None else {"cursor": _cursor(cursor)})
+
+    async def main() -> None:
+        item = await daemon.manage("POST", "/firehose/sources", body)
+        click.echo(safe_json(json.dumps(item)) if raw else _line(item))
+
+    run_client(main())
+
+
+@source.command()
+@click.argument("url")
+@click.option("--forget", is_flag=True, help="Its cursor and its counts go too.")
+@_json
+@with_daemon
+def remove(daemon: Daemon, url: str, forget: bool, raw: bool) -> None:
+    """Follow URL no longer. One of the settings stays listed, switched off."""
+
+    async def main() -> None:
+        query = urlencode({"forget": "true"} if forget else {})
+        answer = await daemon.manage("DELETE", f"/firehose/sources?{query}", _named(url))
+        kept = "cursor forgotten" if forget else "cursor kept"
+        click.echo(safe_json(json.dumps(answer)) if raw else safe_text(f"{answer['name']}: removed, {kept}"))
+
+    run_client(main())
+
+
+@source.command()
+@click.argument("url")
+@click.argument("place", metavar="SEQ|oldest|live|accept")
+@_json
+@with_daemon
+def cursor(daemon: Daemon, url: str, place: str, raw: bool) -> None:
+    """Set where following URL goes on; `accept` takes a new numbering of its stream for good."""
+    body = _named(url) | {"cursor": place if place == "accept" else _cursor(place)}
+
+    async def main() -> None:
+        answer = await daemon.manage("POST", "/firehose/cursors", body)
+        at = "the live tail" if answer["cursor"] is None else answer["cursor"]
+        click.echo(safe_json(json.dumps(answer)) if raw else safe_text(f"{answer['name']}: goes on at {at}"))
+
+    run_client(main())
+
+
+@source.command()
+@click.argument("url")
+@_json
+@with_daemon
+def compare(daemon: Daemon, url: str, raw: bool) -> None:
+    """Compare the revs that URL lists with ours, as after a possible loss; what is behind is fetched."""
+
+    async def main() -> None:
+        answer = await daemon.manage("POST", "/firehose/compare", _named(url))
+        click.echo(safe_json(json.dumps(answer)) if raw else safe_text(f"{answer['name']}: scheduled"))
+
+    run_client(main())
+
+
+def _named(url: str) -> dict[str, Any]:
+    return {"url": url.removeprefix(_PDS), "is_pds": url.startswith(_PDS)}
+
+
+def _cursor(text: str) -> int | str:
+    if text in _PLACES:
+        return text
+    if not (text.isascii() and text.isdigit()):
+        raise RequestError(f"cursor: a sequence number, {' or '.join(_PLACES)} is wanted, not {text!r}")
+    return int(text)
+
+
+def _line(item: Mapping[str, Any]) -> str:
+    """One line for a person."""
+    if not item["enabled"]:
+        state = "off"
+    elif item["connected"]:
+        state = "connected"
+    else:
+        state = "no firehose" if item["no_firehose"] else "waiting" if item["running"] else "stopped"
+    notes = [f"cursor {item['cursor']}", f"lag {item['lag_s']:.1f} s", f"{item['frames']} frames"]
+    if item["renumbered"]:
+        notes.append("its numbering is new: see `indexer source cursor … accept`")
+    if item["error"]:
+        notes.append(item["error"])
+    return safe_text(f"{item['name']}  {state}  {', '.join(notes)}")
