@@ -76,6 +76,12 @@ def is_stale(word: AccountWord, stored: AccountWord | None) -> bool:
     return stored is not None and word.seq <= stored.seq and word.time <= stored.time
 
 
+def is_doubtful(word: AccountWord, stored: AccountWord | None) -> bool:
+    """Whether seq and time disagree on which is the newer one: a replay under a new number, a new numbering,
+    or a clock that was set back. It counts, and the account's PDS is asked."""
+    return stored is not None and (word.seq < stored.seq) != (word.time < stored.time)
+
+
 def effective(words: Sequence[AccountWord], pds: str) -> AccountStatus:
     """The status that counts: the current PDS's word, else the most restrictive one, as checked.
 

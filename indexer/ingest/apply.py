@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, Protocol
 from indexer.atproto.frames import AccountFrame, CommitFrame, IdentityFrame, SyncFrame
 from indexer.atproto.types import Did, DidKey, Rev, Seq
 from indexer.identity.resolver import INVALID_HANDLE, Identity
-from indexer.ingest.account import has_authority, is_stale, micros_of, status_of
+from indexer.ingest.account import has_authority, is_doubtful, is_stale, micros_of, status_of
 from indexer.ingest.filters import Filters
 from indexer.ingest.machine import LABELS, Act, Decision, Situation, decide, desynchronized
 from indexer.ingest.tools import IngestTools
@@ -94,7 +94,11 @@ class Applier:
         waiting = row.work != 0 and bool(row.work & Work.RESOLVE) and tx.buffer_size(did)[0] > 0
         trusted = has_authority(arrival.source, row.pds)
         situation = Situation(tx.now_us, self.ephemeral, waiting, False, trusted, fresh)
-        return self._carry_out(tx, arrival, row, verdict, decide(row, verdict, situation))
+        decision = decide(row, verdict, situation)
+        if decision.act is Act.APPLY and row.state is not SyncState.SYNCED and tx.buffer_size(did)[0]:
+            # It needs no fetch any more, which would have been followed by a replay of what waits.
+            decision = decision._replace(row=decision.row._replace(work=decision.row.work | Work.DRAIN))
+        return self._carry_out(tx, arrival, row, verdict, decision)
 
     def replay(
         self, tx: Transaction, arrival: Arrival, row: RepoRow, verdict: Verdict, *, fresh: bool
@@ -218,7 +222,8 @@ class Applier:
         time_us = min(micros_of(frame.time), tx.now_us)
         word = AccountWord(source, status, frame.active, frame.seq, time_us)
         words = {word.source: word for word in tx.account_words(did)}
-        if is_stale(word, words.get(source)):
+        said = words.get(source)
+        if is_stale(word, said):
             return Result(Act.DROP, "stale_word")
         tx.set_account_word(did, *word)
         words[source] = word
@@ -227,7 +232,7 @@ class Applier:
         new = with_words(tx, did, row, list(words.values()), fields, ephemeral=self.ephemeral)
         if not trusted:  # its PDS may have moved since we looked
             new = new._replace(work=new.work | Work.RESOLVE)
-        elif not frame.active or not new.status.active:
+        elif not frame.active or not new.status.active or is_doubtful(word, said):
             new = new._replace(work=new.work | Work.CHECK_STATUS)
         self.store(tx, did, row, new)
         return Result(Act.APPLY, "account") if trusted else Result(Act.REJECT, "authority")

@@ -11,7 +11,7 @@ from indexer.ingest.machine import Act
 from indexer.ingest.verify import VerifyLimits, verify_frame
 from indexer.simulator.cbor import block_cid
 from indexer.simulator.wire import car
-from indexer.store.codecs import AccountStatus, RepoRow, SyncState
+from indexer.store.codecs import NEW_REPO, AccountStatus, RepoRow, SyncState
 from indexer.store.transaction import Transaction
 from tests.ingest.forge import FAR_FUTURE, Forge, Parts
 from tests.ingest.node import Node
@@ -81,6 +81,25 @@ async def test_a_dropped_buffer_is_made_up_for_by_a_fetch_as_new_as_its_newest_f
         assert acts == [Act.BUFFER] * 3
         assert waiting == 0
         assert (row.state, row.min_rev) == (SyncState.BACKFILLING, ahead[1].rev)
+
+
+async def test_what_waited_for_a_fetch_that_is_not_needed_any_more_is_replayed(tmp_path: Path) -> None:
+    async with world() as net, net.node(tmp_path) as node:
+        forge = net.account()
+        first, second = forge.parts(), forge.posts(1)
+        new = NEW_REPO._replace(tracked=True, signing_key=forge.key, pds=net.network.urls[0])
+
+        def step(tx: Transaction) -> list[Act]:
+            tx.set_repo(forge.did, new._replace(state=SyncState.BACKFILLING, due=1))
+            acts = [arrive(node, tx, forge, second, "ahead").act]
+            row = tx.repo(forge.did)
+            assert row is not None
+            tx.set_repo(forge.did, row._replace(state=SyncState.PENDING, due=1 << 60))  # the fetch failed
+            return [*acts, arrive(node, tx, forge, first, "behind").act]
+
+        assert await node.writer.run("base", step) == [Act.BUFFER, Act.APPLY]
+        await node.until(lambda: row_of(node, forge).rev == second.rev)
+        await node.until(lambda: node.db.count("buffer/frames") == 0)
 
 
 def arrive(node: Node, tx: Transaction, forge: Forge, parts: Parts, source: str) -> Result:
