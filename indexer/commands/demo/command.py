@@ -99,6 +99,8 @@ def demo(**arguments: Any) -> None:
     and exits 1 if anything differs.
     """
     options = Options(**arguments)
+    if options.archive and options.ephemeral:
+        raise click.UsageError("--ephemeral fetches no repository, so there is nothing to --archive")
     configure_logging(LogSettings(level="warning"))
     with _folder(options.data_dir) as folder:
         ended = run_until_signal(_demo(options, folder))
@@ -132,12 +134,12 @@ async def _demo(options: Options, folder: Path) -> None:
                 await daemon.add_repos(list(ledger["accounts"]))
             if options.seconds is None:
                 await network.resume()
-                greet(_console(options), daemon, ledger, ephemeral=options.ephemeral)
+                greet(_console(options), daemon, ledger, kept=options.data_dir is not None)
                 await _show(daemon, options, asyncio.create_task(daemon.wait_failed()))
             else:
                 reader = await _reader(options, network, daemon, ledger, fresh=fresh)
                 await network.resume()
-                greet(_console(options), daemon, ledger, ephemeral=options.ephemeral)
+                greet(_console(options), daemon, ledger, kept=options.data_dir is not None)
                 await _run_and_compare(options, network, daemon, reader)
 
 

@@ -62,19 +62,23 @@ def one_line(reading: Reading, rates: Rates) -> str:
     )
 
 
-def greet(console: Console, daemon: Daemon, ledger: dict[str, Any], *, ephemeral: bool) -> None:
+def greet(console: Console, daemon: Daemon, ledger: dict[str, Any], *, kept: bool) -> None:
     """Where everything listens, and commands to try."""
     public, management = daemon.public_url, daemon.management_url
     repo, sync = f"{public}/xrpc/com.atproto.repo", f"{public}/xrpc/com.atproto.sync"
     did = next(iter(ledger["accounts"]), "")  # the network never takes its first account away
     python = _interpreter()
-    lines = [f"public      {public}", f"management  {management}", "", "Try:"]
-    if did and not ephemeral:
+    lines = [f"public      {public}", f"management  {management}"]
+    lines += [f"index       {daemon.settings.data_dir}"] if kept else []
+    lines += ["", "Try:"]
+    if did and not daemon.settings.ephemeral.enabled:
         lines += [
             f"  curl -s '{repo}.describeRepo?repo={did}'",
             f"  curl -s '{repo}.listRecords?repo={did}&collection=app.bsky.feed.post&limit=2'",
             f"  curl -s -o repo.car '{sync}.getRepo?did={did}' && {python} -m indexer car verify repo.car",
         ]
+    if did and daemon.settings.archive.cars:
+        lines.append(f"  {python} -m indexer repo archive --list {did} --management-url {management}")
     lines += [
         f"  {python} -m indexer stream --url {public} --cursor 0 --collection app.bsky.feed.post",
         f"  curl -s {public}/stats",

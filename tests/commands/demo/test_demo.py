@@ -37,6 +37,8 @@ def _demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_index_equals_the_ledger_and_the_summary_says_so(tmp_path: Path) -> None:
     done = _demo("--seconds", "4", "--retention", "1s", "--archive", "--data-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert f"index       {tmp_path}/index" in done.stderr
+    assert "repo archive --list did:plc:" in done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary.keys() >= KEYS
     assert summary["differences"] == 0
@@ -129,6 +131,12 @@ async def test_a_signal_at_the_start_leaves_nothing_behind(tmp_path: Path) -> No
             if demo.returncode is None:
                 demo.kill()
                 await demo.wait()
+
+
+def test_an_archive_of_nothing_is_refused() -> None:
+    done = _demo("--ephemeral", "--archive")
+    assert done.returncode == 2
+    assert "nothing to --archive" in done.stderr
 
 
 def test_a_malformed_address_is_named() -> None:
