@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from aiohttp import web
+from aiohttp import WSMsgType, web
 from yarl import URL
 
 from indexer.atproto.types import Seq
@@ -208,4 +208,77 @@ async def test_only_a_valid_event_ends_the_growing_of_waits(message: bytes, atte
     await asyncio.sleep(0)
     task.cancel()
     assert made._backoff.attempt >= attempts if attempts > 1 else made._backoff.attempt <= 1
+    await runner.cleanup()
+
+
+async def test_a_quiet_host_that_answers_pings_is_healthy() -> None:
+    pings = 0
+
+    async def quiet(request: web.Request) -> web.WebSocketResponse:
+        nonlocal pings
+        socket = web.WebSocketResponse(autoping=False)
+        await socket.prepare(request)
+        async for message in socket:
+            assert message.type is WSMsgType.PING
+            pings += 1
+            await socket.pong(message.data)
+        return socket
+
+    runner, url = await serve(quiet)
+    sink = Sink()
+    task = asyncio.create_task(source(url, sink, receive_timeout=0.06).run())
+    while pings < 4:  # longer than the silence that is tolerated
+        await asyncio.sleep(0.005)
+    assert sink.reasons == []
+    task.cancel()
+    await runner.cleanup()
+
+
+async def test_a_half_open_peer_is_dropped() -> None:
+    async def deaf(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse(autoping=False)
+        await socket.prepare(request)
+        await socket.send_bytes(b"event")
+        async for _ in socket:  # pings are seen and not answered
+            pass
+        return socket
+
+    runner, url = await serve(deaf)
+    sink = Sink()
+    assert await first_reasons(source(url, sink, receive_timeout=0.15), sink) == ["closed"]
+    assert sink.received == [b"event"]
+    await runner.cleanup()
+
+
+async def test_a_handshake_without_an_answer_is_given_up() -> None:
+    async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(stall, "127.0.0.1", 0)
+    sink = Sink()
+    made = source(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}", sink)
+    made._network = made._network.model_copy(update={"connect_timeout": 0.05})
+    assert await first_reasons(made, sink) == ["unreachable"]
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"), [("30", 30, 30), ("99999999", 3600, 3600), ("soon", 0, 1)]
+)
+async def test_the_wait_that_a_host_asks_for_is_kept_within_a_bound(
+    asked: str, least: float, most: float
+) -> None:
+    async def busy(_request: web.Request) -> web.Response:
+        return web.Response(status=503, headers={"Retry-After": asked})
+
+    runner, url = await serve(busy)
+    made = source(url, Sink())
+    task = asyncio.create_task(made.run())
+    while made.link.retry_at == 0:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    assert made.link.last is not None
+    assert least <= made.link.retry_at - made.link.last.at <= most + 0.001
+    assert made.link.status()["throttled"] or not least
     await runner.cleanup()
