@@ -150,7 +150,8 @@ def _blamed_on(source: FilePath, part: FilePath) -> Iterator[None]:
         why = str(error).replace(str(part), str(source))
         if isinstance(error, StoreCorrupt):
             why = f"the backup {source} is damaged: {why.removesuffix(RESTORE_ADVICE)}; use another one"
-        raise type(error)(why) from error
+        error.args = (why,)
+        raise
 
 
 # ---- is it whole
