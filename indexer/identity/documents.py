@@ -72,7 +72,9 @@ class DocumentSource:
         try:
             return self._document(did, await self._get(did, url))
         except UrlRefused as error:
-            raise IdentityGone(f"{did}: {error}") from error
+            # A host that leads somewhere else has not answered; one that is not public never will.
+            redirected = bool(error.url)
+            raise (IdentityUnavailable if redirected else IdentityGone)(f"{did}: {error}") from error
 
     def _host_pace(self, did: Did) -> Pace:
         pace = self._host_paces.get(did)

@@ -176,8 +176,12 @@ class HttpClient:
     async def _follow(self, url: str, headers: Mapping[str, str] | None) -> aiohttp.ClientResponse:
         target = check_url(url, self.network)
         sent = dict(headers or {})
+        asked: URL | None = None
         for _ in range(MAX_REDIRECTS + 1):
-            response = await self._request(target, sent)
+            try:
+                response = await self._request(target, sent)
+            except UrlRefused as error:
+                raise error if asked is None else error.met_at(asked) from None
             if response.status not in _REDIRECTS or "Location" not in response.headers:
                 return response
             response.close()
@@ -187,7 +191,7 @@ class HttpClient:
                 raise error.met_at(target) from None
             if next_target.origin() != target.origin():
                 sent = {name: value for name, value in sent.items() if name.lower() != "authorization"}
-            target = next_target
+            asked, target = target, next_target
         raise FetchRefused(
             f"more than {MAX_REDIRECTS} redirects: {url}", status=response.status, name="TooManyRedirects"
         ).met_at(target)
@@ -213,7 +217,7 @@ def _join(base: URL, location: str) -> URL:
 
 
 def _unusable(url: object, error: Exception) -> UrlRefused:
-    return UrlRefused(f"refused URL {str(url)[:120]!r}: {str(error)[:200]}").met_at(url)
+    return UrlRefused(f"refused URL {str(url)[:120]!r}: {str(error)[:200]}")
 
 
 def _transient(url: object, error: Exception) -> FetchTransient:

@@ -439,8 +439,8 @@ async def test_a_did_web_that_points_inside_is_no_document() -> None:
 
     names = {"inside.example.com": ["10.0.0.1"], "bob.example.com": ["127.0.0.1"]}
     async with web_resolving(to_inside, "ann.example.com", names=names) as resolver:
-        for host in ("ann", "bob"):
-            with pytest.raises(IdentityGone, match="not a public address"):
+        for host, error in (("ann", IdentityUnavailable), ("bob", IdentityGone)):
+            with pytest.raises(error, match="not a public address"):
                 await resolver.resolve(f"did:web:{host}.example.com")
 
 
