@@ -52,8 +52,11 @@ async def test_a_dead_worker_is_replaced_and_its_work_done_again(tmp_path: os.Pa
     assert pool.restarts == 1
     with pytest.raises(WorkerDied, match="_die"):
         await pool.run(_die)
+    assert pool.problem == "its processes die under their work"
     assert (await pool.run(_pid_plus, 1))[1] == 2
+    assert pool.problem == ""
     await pool.stop()
+    assert pool.problem == "stopped"
     with pytest.raises(WorkerDied, match="stopped"):
         await pool.run(_pid_plus, 1)
 

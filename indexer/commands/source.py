@@ -40,13 +40,13 @@ def list_sources(daemon: Daemon, raw: bool) -> None:
 
 
 @source.command()
-@click.argument("url")
+@click.argument("upstream", metavar="URL")
 @click.option("--cursor", help="Where to begin: a sequence number, oldest or live  [default: live]")
 @_json
 @with_daemon
-def add(daemon: Daemon, url: str, cursor: str | None, raw: bool) -> None:
+def add(daemon: Daemon, upstream: str, cursor: str | None, raw: bool) -> None:
     """Follow URL from now on, also after a restart."""
-    body = _named(url) | ({} if cursor is None else {"cursor": _cursor(cursor)})
+    body = _named(upstream) | ({} if cursor is None else {"cursor": _cursor(cursor)})
 
     async def main() -> None:
         item = await daemon.manage("POST", "/firehose/sources", body)
@@ -56,16 +56,16 @@ def add(daemon: Daemon, url: str, cursor: str | None, raw: bool) -> None:
 
 
 @source.command()
-@click.argument("url")
+@click.argument("upstream", metavar="URL")
 @click.option("--forget", is_flag=True, help="Its cursor and its counts go too.")
 @_json
 @with_daemon
-def remove(daemon: Daemon, url: str, forget: bool, raw: bool) -> None:
+def remove(daemon: Daemon, upstream: str, forget: bool, raw: bool) -> None:
     """Follow URL no longer. One of the settings stays listed, switched off."""
 
     async def main() -> None:
         query = urlencode({"forget": "true"} if forget else {})
-        answer = await daemon.manage("DELETE", f"/firehose/sources?{query}", _named(url))
+        answer = await daemon.manage("DELETE", f"/firehose/sources?{query}", _named(upstream))
         kept = "cursor forgotten" if forget else "cursor kept"
         click.echo(safe_json(json.dumps(answer)) if raw else safe_text(f"{answer['name']}: removed, {kept}"))
 
@@ -73,13 +73,13 @@ def remove(daemon: Daemon, url: str, forget: bool, raw: bool) -> None:
 
 
 @source.command()
-@click.argument("url")
+@click.argument("upstream", metavar="URL")
 @click.argument("place", metavar="SEQ|oldest|live|accept")
 @_json
 @with_daemon
-def cursor(daemon: Daemon, url: str, place: str, raw: bool) -> None:
+def cursor(daemon: Daemon, upstream: str, place: str, raw: bool) -> None:
     """Set where following URL goes on; `accept` takes a new numbering of its stream for good."""
-    body = _named(url) | {"cursor": place if place == "accept" else _cursor(place)}
+    body = _named(upstream) | {"cursor": place if place == "accept" else _cursor(place)}
 
     async def main() -> None:
         answer = await daemon.manage("POST", "/firehose/cursors", body)
@@ -90,14 +90,14 @@ def cursor(daemon: Daemon, url: str, place: str, raw: bool) -> None:
 
 
 @source.command()
-@click.argument("url")
+@click.argument("upstream", metavar="URL")
 @_json
 @with_daemon
-def compare(daemon: Daemon, url: str, raw: bool) -> None:
+def compare(daemon: Daemon, upstream: str, raw: bool) -> None:
     """Compare the revs that URL lists with ours, as after a possible loss; what is behind is fetched."""
 
     async def main() -> None:
-        answer = await daemon.manage("POST", "/firehose/compare", _named(url))
+        answer = await daemon.manage("POST", "/firehose/compare", _named(upstream))
         click.echo(safe_json(json.dumps(answer)) if raw else safe_text(f"{answer['name']}: scheduled"))
 
     run_client(main())
