@@ -6,16 +6,22 @@ store does to keep them is its own affair. Plain blocking calls, safe from any t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, Protocol, TypeAlias
+
+from indexer.errors import StoreError, StoreFull
 
 Digest: TypeAlias = bytes
 
 DIGEST_BYTES: Final = 32
 #: Bytes that are read, hashed and compressed at once.
 CHUNK: Final = 1 << 20
+
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Blob(NamedTuple):
@@ -42,13 +48,14 @@ class BlobStore(Protocol):
         """
 
     def get(self, digest: Digest) -> bytes:
-        """The bytes. Raises `BlobMissing` or `BlobCorrupt`."""
+        """The bytes. Raises `BlobMissing`, `BlobCorrupt` or `BlobUnreadable`."""
 
     def open_read(self, digest: Digest) -> BinaryIO:
         """The bytes as a stream, to be closed; no seeking.
 
         Raises `BlobMissing` here, and `BlobCorrupt` while it is read: the last bytes of a stream come
-        only when all of it hashed to ``digest``.
+        only when all of it hashed to ``digest``, and a stream that failed once fails for good. Either may
+        raise `BlobUnreadable`, which says nothing of the bytes.
         """
 
     def contains(self, digest: Digest) -> bool:
@@ -56,6 +63,9 @@ class BlobStore(Protocol):
 
     def remove(self, digest: Digest) -> bool:
         """Deletes it; false when there was nothing. A stream that is open reads on."""
+
+    def digests(self) -> Iterator[Digest]:
+        """Everything that is stored, in order."""
 
     def physical_bytes(self) -> int:
         """Bytes taken by everything that is stored."""
@@ -67,14 +77,25 @@ def digest_of(data: bytes) -> Digest:
 
 
 def digest_of_file(source: Path, between: Callable[[], None] | None = None) -> Digest:
-    """The name of a file's content."""
+    """The name of a file's content. Raises `StoreError` when it cannot be read."""
     hasher = hashlib.sha256()
-    with source.open("rb") as file:
+    with translated(f"reading {source}"), source.open("rb") as file:
         for chunk in chunks_of(file):
             if between is not None:
                 between()
             hasher.update(chunk)
     return hasher.digest()
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Around what the system may refuse; ``what`` begins the message. Raises `StoreFull`, `StoreError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StoreFull(f"{what}: the disk is full; free some space and start again") from error
+        raise StoreError(f"{what}: {error}") from error
 
 
 def chunks_of(file: BinaryIO) -> Iterator[bytes]:

@@ -9,7 +9,6 @@ call blocks; any thread.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import itertools
@@ -21,10 +20,19 @@ from typing import BinaryIO, Final
 
 import zstandard
 
-from indexer.cas.blob_store import CHUNK, Blob, Digest, checked, chunks_of, digest_of, digest_of_file
+from indexer.cas.blob_store import (
+    CHUNK,
+    Blob,
+    Digest,
+    checked,
+    chunks_of,
+    digest_of,
+    digest_of_file,
+    translated,
+)
 from indexer.cas.media import HEAD_BYTES, is_compressed
-from indexer.cas.reader import VerifiedReader, verified
-from indexer.errors import BlobCorrupt, BlobMissing, StoreError, StoreFull
+from indexer.cas.reader import VerifiedReader, unreadable, verified
+from indexer.errors import BlobCorrupt, BlobMissing, StoreError
 
 ZSTD_LEVEL: Final = 19
 #: For archives: 200 times faster for a fifth more space.
@@ -33,7 +41,6 @@ ARCHIVE_LEVEL: Final = 3
 _ZSTD: Final = ".zst"
 _RAW: Final = ".raw"
 _TEMP: Final = ".tmp"
-_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 
 _numbers = itertools.count(1)
 #: Temporary files of this process that are being written.
@@ -69,8 +76,7 @@ class FsBlobStore:
         self, source: Path, *, digest: Digest | None = None, between: Callable[[], None] | None = None
     ) -> Digest:
         if digest is None:
-            with _translated(f"reading {source}"):
-                digest = digest_of_file(source, between)
+            digest = digest_of_file(source, between)
         self._keep(checked(digest), lambda: source.open("rb"), between)
         return digest
 
@@ -80,7 +86,7 @@ class FsBlobStore:
         """Writes what is not there yet, and anew what is there and damaged."""
         if self._is_intact(digest):
             return
-        with _translated(f"storing sha256 {digest.hex()}"), opened() as source:
+        with translated(f"storing sha256 {digest.hex()}"), opened() as source:
             size = source.seek(0, os.SEEK_END)
             source.seek(0)
             raw = is_compressed(source.read(HEAD_BYTES))
@@ -137,7 +143,7 @@ class FsBlobStore:
         except FileNotFoundError as error:
             raise BlobMissing(digest) from error
         except OSError as error:
-            raise BlobCorrupt(digest, f"{path} cannot be opened: {error}") from error
+            raise unreadable(digest, error) from error
         pieces = chunks_of(file) if path.suffix == _RAW else _decompressed(file)
         return io.BufferedReader(VerifiedReader(file, verified(pieces, digest)), CHUNK)
 
@@ -146,7 +152,7 @@ class FsBlobStore:
 
     def remove(self, digest: Digest) -> bool:
         removed = False
-        with _translated(f"removing sha256 {digest.hex()}"):
+        with translated(f"removing sha256 {digest.hex()}"):
             for suffix in (_ZSTD, _RAW):
                 with contextlib.suppress(FileNotFoundError):
                     self._path(checked(digest), suffix).unlink()
@@ -163,16 +169,29 @@ class FsBlobStore:
         may not be seen.
         """
         for name, path in self._names():
-            digest = _digest_in(name)
+            digest = digest_in(name)
             if digest is not None:
-                with contextlib.suppress(FileNotFoundError):
+                with translated(f"looking at {path}"), contextlib.suppress(FileNotFoundError):
                     yield Blob(digest, path, path.stat().st_size)
+
+    def digests(self) -> Iterator[Digest]:
+        last = b""
+        for name, _ in self._names():
+            digest = digest_in(name)
+            if digest is not None and digest != last:  # a damaged one may lie beside it in the other form
+                last = digest
+                yield digest
 
     def _find(self, digest: Digest) -> Path | None:
         for suffix in (_ZSTD, _RAW):
             path = self._path(digest, suffix)
-            if path.exists():
-                return path
+            try:
+                path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise unreadable(digest, error) from error
+            return path
         return None
 
     def _path(self, digest: Digest, suffix: str) -> Path:
@@ -181,24 +200,26 @@ class FsBlobStore:
 
     def _names(self) -> Iterator[tuple[str, Path]]:
         """Every file in the shards, temporary ones included."""
-        try:
-            shards = sorted(entry.name for entry in os.scandir(self._folder) if entry.is_dir())
-        except FileNotFoundError:
-            return
-        for shard in shards:
-            for name in sorted(os.listdir(self._folder / shard)):
+        for shard in self._listed(self._folder):
+            for name in self._listed(self._folder / shard):
                 yield name, self._folder / shard / name
+
+    @staticmethod
+    def _listed(folder: Path) -> list[str]:
+        with translated(f"listing {folder}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return sorted(os.listdir(folder))
+        return []
 
     # ---- what a killed writer left
 
     def _remove_stale(self) -> None:
-        with _translated(f"opening {self._folder}"):
+        with translated(f"opening {self._folder}"):
             for name, path in self._names():
                 if name.endswith(_TEMP) and _is_stale(name):
                     path.unlink(missing_ok=True)
 
 
-def _digest_in(name: str) -> Digest | None:
+def digest_in(name: str) -> Digest | None:
     """The digest that a file's name states; None for names that are not ours."""
     stem, dot, suffix = name.partition(".")
     if dot + suffix not in (_ZSTD, _RAW) or len(stem) != 64:
@@ -275,13 +296,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StoreFull(f"{what}: the disk is full; free some space and start again") from error
-        raise StoreError(f"{what}: {error}") from error

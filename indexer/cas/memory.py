@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from indexer.cas.blob_store import Digest, checked, chunks_of, digest_of
+from indexer.cas.blob_store import Digest, checked, chunks_of, digest_of, translated
 from indexer.errors import BlobMissing, StoreError
 
 
@@ -30,7 +30,7 @@ class MemBlobStore:
         self, source: Path, *, digest: Digest | None = None, between: Callable[[], None] | None = None
     ) -> Digest:
         hasher, pieces = hashlib.sha256(), list[bytes]()
-        with source.open("rb") as file:
+        with translated(f"reading {source}"), source.open("rb") as file:
             for chunk in chunks_of(file):
                 if between is not None:
                     between()
@@ -56,6 +56,9 @@ class MemBlobStore:
 
     def remove(self, digest: Digest) -> bool:
         return self._blobs.pop(checked(digest), None) is not None
+
+    def digests(self) -> Iterator[Digest]:
+        return iter(sorted(self._blobs))
 
     def physical_bytes(self) -> int:
         return sum(map(len, self._blobs.values()))

@@ -11,6 +11,7 @@ import functools
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from indexer.commands.progress import Tell, bar, counted
 from indexer.config import Settings, load
 from indexer.errors import FetchRefused, FetchTransient, StoreError, StoreLocked
 from indexer.store import backup as backups
-from indexer.store.archives import check_archives
+from indexer.store.archive_check import check_archives
 from indexer.store.check import Report
 from indexer.store.check import check as check_store
 from indexer.store.database import FORMAT, Database
@@ -206,7 +207,7 @@ def check(place: Place, did: str | None, repair: bool, raw: bool) -> None:
     repaired: Repaired | None = None
     with place.opened() as db, bar("checking") as tell:
         report = _checked(place, db, did, tell)
-        if repair and report.problems:
+        if repair and report.repairable:
             tell("repairing", 0, 0)
             repaired = asyncio.run(repair_store(db, place.settings, did))
             report = _checked(place, db, did, tell)
@@ -216,14 +217,17 @@ def check(place: Place, did: str | None, repair: bool, raw: bool) -> None:
     else:
         for line in _findings(report, repaired):
             click.echo(line)
+        if repair and report.problems and not report.repairable:
+            click.echo("no count or reference is wrong: there is nothing that a repair sets right")
     if report.problems:
         raise SystemExit(1)
 
 
 def _checked(place: Place, db: Database, did: str | None, tell: Tell) -> Report:
     report = check_store(db, did, progress=lambda done, total: tell("checking", done, total))
-    tell("checking archived files", 0, 0)
-    report.problems.extend(check_archives(db, FsBlobStore(place.data_dir / "cas"), did))
+    blobs, what = FsBlobStore(place.data_dir / "cas"), "checking archived files"
+    tell(what, 0, 0)
+    report.problems.extend(check_archives(db, blobs, did, progress=partial(tell, what)))
     return report
 
 

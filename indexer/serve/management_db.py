@@ -6,7 +6,9 @@ What takes long runs in a thread, one at a time; ingest and queries go on beside
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,9 @@ from aiohttp import web
 from indexer.errors import RequestError, StoreError
 from indexer.serve import health
 from indexer.serve.http_errors import json_response
-from indexer.store.backup import backup
+from indexer.store.backup import Backup, backup
+from indexer.store.database import Database
+from indexer.store.threads import in_thread
 from indexer.store.upkeep import compact_all, describe
 
 if TYPE_CHECKING:
@@ -68,10 +72,15 @@ class DatabaseRoutes:
             if self._services.archives is not None:  # no archived file goes away meanwhile
                 await stack.enter_async_context(self._services.archives.still())
             try:
-                made = await asyncio.to_thread(backup, self._services.db, target)
+                made = await in_thread(partial(_copy, self._services.db, target))
             except StoreError as error:
                 raise RequestError(str(error), status=409, name="BackupFailed") from error
         return json_response(made._asdict())
+
+
+def _copy(db: Database, target: Path, *, between: Callable[[], None]) -> Backup:
+    """Between two files it is given up when nobody waits for it any more: the daemon stops."""
+    return backup(db, target, progress=lambda _what, _done, _total: between())
 
 
 def _target(body: bytes) -> Path:

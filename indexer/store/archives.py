@@ -10,25 +10,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final, NamedTuple, TypeAlias, TypeVar
+from typing import BinaryIO, Final, NamedTuple, TypeAlias
+
+import structlog
 
 from indexer.atproto.types import Did, Micros, Rev
 from indexer.cas import BlobStore, Digest, digest_of_file
+from indexer.cas.blob_store import translated
 from indexer.config import Settings
-from indexer.errors import BlobMissing, StoreError
+from indexer.errors import StoreError
 from indexer.store.codecs import ArchiveRow, decode_cid_key, did_range
 from indexer.store.database import Database
 from indexer.store.keyspaces import ARCHIVE_QUEUE, ARCHIVES
 from indexer.store.reads import Reads
+from indexer.store.threads import in_thread
 from indexer.store.transaction import Transaction
 from indexer.store.worker import Worker
 from indexer.store.writer import Writer
 
-T = TypeVar("T")
+log = structlog.get_logger(__name__)
 
 Key: TypeAlias = tuple[Did, Digest]
 
@@ -60,6 +65,7 @@ class Archive(NamedTuple):
 class ArchiveReport(NamedTuple):
     looked: int
     removed: int
+    refused: int = 0  # files that the system did not let us remove; tried again by the next pass
 
 
 class Archives(Worker):
@@ -71,10 +77,13 @@ class Archives(Worker):
         super().__init__(db, writer, settings.gc)
         self.blobs = blobs
         self._archive = settings.archive
-        self._busy: set[Digest] = set()
+        self._busy: Counter[Digest] = Counter()  # files that are being kept, by how many
         self._files = asyncio.Lock()  # a file that a step looks at does not become busy meanwhile
+        self._copies = 0  # under way: files stay until they are done
+        self._copied = asyncio.Event()
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self.removed = 0
+        self.refused = 0  # by the last pass
 
     @property
     def interval(self) -> float:
@@ -88,6 +97,7 @@ class Archives(Worker):
             "files": self._db.count("archives"),
             "bytes": self._db.count("archives/bytes"),
             "removed": self.removed,
+            "refused": self.refused,
         }
 
     # ---- in
@@ -100,17 +110,21 @@ class Archives(Worker):
             yield None
             return
         async with self._slots:
-            digest = await _in_thread(partial(digest_of_file, car))
+            digest = await in_thread(partial(digest_of_file, car))
             async with self._files:
-                self._busy.add(digest)
+                self._busy[digest] += 1
         try:
             await self._writer.run("archive", lambda tx: tx.queue_archive(did, digest))
-            await _in_thread(self._sync)  # a power cut must not keep the file and forget its name
+            await in_thread(self._sync)  # a power cut must not keep the file and forget its name
             async with self._slots:
-                await _in_thread(partial(self.blobs.put_file, car, digest=digest))
-            yield Archived(digest, car.stat().st_size, self._archive.keep_per_repo)
+                await in_thread(partial(self.blobs.put_file, car, digest=digest))
+            with translated(f"reading {car}"):
+                size = car.stat().st_size
+            yield Archived(digest, size, self._archive.keep_per_repo)
         finally:
-            self._busy.discard(digest)
+            self._busy[digest] -= 1
+            if not self._busy[digest]:
+                del self._busy[digest]
 
     # ---- out
 
@@ -124,27 +138,49 @@ class Archives(Worker):
 
     @asynccontextmanager
     async def still(self) -> AsyncIterator[None]:
-        """No file is removed inside: a copy of the database and then of the files fits together."""
-        async with self._files:
+        """No file is removed inside, so that a copy of the database and then of the files fits together.
+        New ones are kept as ever: they are not of that moment."""
+        self._copies += 1
+        self._copied.clear()
+        try:
+            async with self._files:
+                pass  # a step that removes ends first
             yield
+        finally:
+            self._copies -= 1
+            if not self._copies:
+                self._copied.set()
 
     # ---- the end of files
 
     async def run_once(self) -> ArchiveReport:
         """One walk through the queue."""
         async with self._turn:
-            looked = removed = 0
+            total = ArchiveReport(0, 0)
             position: bytes | None = b""
             while position is not None:
-                started = time.perf_counter()
-                async with self._files:
+                async with self._removing():
+                    started = time.perf_counter()
                     keys, position = self._queued(position)
-                    removed += await self._step(keys) if keys else 0
-                looked += len(keys)
+                    if keys:
+                        step = await self._step(keys)
+                        total = ArchiveReport(*(a + b for a, b in zip(total, step, strict=True)))
                 await self._pace.rest(time.perf_counter() - started, len(keys))
-            self.removed += removed
+            self.removed += total.removed
+            self.refused = total.refused
             self.passes += 1
-            return ArchiveReport(looked, removed)
+            return total
+
+    @asynccontextmanager
+    async def _removing(self) -> AsyncIterator[None]:
+        """A turn with the files, while nobody copies them."""
+        while True:
+            if self._copies:
+                await self._copied.wait()
+            async with self._files:
+                if not self._copies:
+                    yield
+                    return
 
     def _queued(self, position: bytes) -> tuple[list[Key], bytes | None]:
         """The next entries that nobody works on, and where to go on (None at the end)."""
@@ -157,21 +193,31 @@ class Archives(Worker):
                 return keys, raw + b"\0"
         return keys, None
 
-    async def _step(self, keys: list[Key]) -> int:
-        """Removes those files that no row holds; how many there were. Busy ones are not among them, so
-        that none can come to be held before the entries go."""
+    async def _step(self, keys: list[Key]) -> ArchiveReport:
+        """Removes those files that no row holds. Busy ones are not among them, so that none can come to be
+        held before the entries go. What cannot be removed keeps its entry."""
         rows = self._db.multi_get(ARCHIVES, keys)
         loose = [key for key, row in zip(keys, rows, strict=True) if row is None]
-        removed = await _in_thread(partial(self._remove, loose)) if loose else 0
-        await self._writer.run(self.name, partial(settle, keys, frozenset(loose)))
-        return removed
+        gone = await in_thread(partial(self._remove, loose)) if loose else {}
+        await self._writer.run(self.name, partial(settle, keys, frozenset(gone)))
+        return ArchiveReport(len(keys), sum(gone.values()), len(loose) - len(gone))
 
     def _sync(self, *, between: Callable[[], None]) -> None:
         self._db.sync_wal()
 
-    def _remove(self, keys: list[Key], *, between: Callable[[], None]) -> int:
+    def _remove(self, keys: list[Key], *, between: Callable[[], None]) -> dict[Key, bool]:
+        """The keys whose file is not there any more, and whether it was before."""
         self._db.sync_wal()  # a power cut must not bring back a row whose file is gone
-        return sum(self.blobs.remove(digest) for _, digest in keys)
+        gone: dict[Key, bool] = {}
+        refused: StoreError | None = None
+        for key in keys:
+            try:
+                gone[key] = self.blobs.remove(key[1])
+            except StoreError as error:
+                refused = refused or error
+        if refused is not None:
+            log.error("archives_not_removed", files=len(keys) - len(gone), first=str(refused))
+        return gone
 
 
 def settle(keys: list[Key], removed: frozenset[Key], tx: Transaction) -> None:
@@ -185,46 +231,3 @@ def archives_of(reads: Reads, did: Did) -> list[Archive]:
     """The archived CARs of a repository, newest first."""
     rows = [Archive(key[1], *row) for key, row in reads.scan(ARCHIVES, *did_range(did))]
     return sorted(rows, key=lambda row: row.time_us, reverse=True)
-
-
-def check_archives(reads: Reads, blobs: BlobStore, did: Did | None = None) -> Iterator[str]:
-    """What is wrong with the archived files, in words: every row's file is there, whole and as long as it
-    says. Reads every file. Blocking."""
-    bounds = (None, None) if did is None else did_range(did)
-    for (owner, digest), row in reads.scan(ARCHIVES, *bounds):
-        what = f"archives: the CAR of {owner} at {row.rev}"
-        try:
-            with blobs.open_read(digest) as file:
-                size = sum(len(piece) for piece in iter(partial(file.read, 1 << 20), b""))
-        except BlobMissing:
-            yield f"{what} has no file (sha256 {digest.hex()})"
-        except StoreError as error:
-            yield f"{what}: {error}"
-        else:
-            if size != row.size:
-                yield f"{what} has {size} bytes, its row says {row.size}"
-
-
-class _Between:
-    """Called between the chunks of a CAR; raises once nobody waits for the end any more."""
-
-    def __init__(self) -> None:
-        self.abandoned = False
-
-    def __call__(self) -> None:
-        if self.abandoned:
-            raise StoreError("the archive was given up: the daemon stops")
-
-
-async def _in_thread(work: Callable[..., T]) -> T:
-    """Runs ``work`` with a ``between``. Cancelled, it ends with the thread, which is within a chunk."""
-    between = _Between()
-    task = asyncio.create_task(asyncio.to_thread(work, between=between))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        between.abandoned = True
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()
-        raise

@@ -11,12 +11,15 @@ import errno
 import json
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path as FilePath
 from typing import Any, Final, NamedTuple
 
 from indexer.atproto.types import EventId, Micros
+from indexer.cas.filesystem import digest_in
 from indexer.errors import StoreCorrupt, StoreError
 from indexer.store import keyspaces
+from indexer.store.codecs import decode_cid_key
 from indexer.store.database import Database, format_version
 from indexer.store.folders import (
     PART,
@@ -32,7 +35,7 @@ from indexer.store.folders import (
     translated,
     write_synced,
 )
-from indexer.store.keyspaces import CURSORS
+from indexer.store.keyspaces import ARCHIVES, CURSORS
 
 MANIFEST: Final = "backup.json"
 _STAGING: Final = ".checkpoint-"
@@ -70,8 +73,11 @@ def backup(db: Database, target: FilePath, *, progress: Progress = silent) -> Ba
         _remove_leftover(part)
         part.mkdir(parents=True)
         try:
+            cas = db.path.parent / "cas"
+            before = frozenset(files(cas))
             db_bytes = _copy_database(db, part / "db", progress)
-            cas_bytes = copy_tree(db.path.parent / "cas", part / "cas", "files", progress, link=True)
+            kept = _of_that_moment(cas, before, part / "db")
+            cas_bytes = copy_tree(cas, part / "cas", "files", progress, link=True, only=kept)
             made = _describe(part, target, db_bytes, cas_bytes)
             said = {**made._asdict(), _SHA256: _sums(part / "db")}
             write_synced(part / MANIFEST, json.dumps(said, indent=2) + "\n")
@@ -125,6 +131,19 @@ def _copy_database(db: Database, target: FilePath, progress: Progress) -> int:
         return sum(file.stat().st_size for file in files(target))
     finally:
         remove(staging)
+
+
+def _of_that_moment(cas: FilePath, before: Collection[FilePath], database: FilePath) -> list[FilePath]:
+    """The archived files but those that came while the database was copied and that the copy does not hold:
+    restored, nobody would know them. Files that were there ``before`` are not asked about."""
+    found = list(files(cas))
+    new = {digest_in(path.name): path for path in found if path not in before}
+    if new:
+        with Database.open_unchecked(database, read_only=True, memory_mib=32) as copy:
+            for key, _ in copy.raw_scan(ARCHIVES.name, None, None):
+                new.pop(decode_cid_key(key)[1], None)
+    strange = frozenset(new.values())
+    return [path for path in found if path not in strange]
 
 
 def _describe(part: FilePath, target: FilePath, db_bytes: int, cas_bytes: int) -> Backup:

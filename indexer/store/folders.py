@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -33,9 +33,18 @@ def files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def copy_tree(source: Path, target: Path, what: str, progress: Progress, *, link: bool = False) -> int:
-    """Copy, or link where that is possible, every file but temporary ones; returns their bytes."""
-    found = [path for path in files(source) if path.suffix != _TEMP]
+def copy_tree(
+    source: Path,
+    target: Path,
+    what: str,
+    progress: Progress,
+    *,
+    link: bool = False,
+    only: Iterable[Path] | None = None,
+) -> int:
+    """Copy, or link where that is possible, every file, or ``only`` these, but temporary ones; returns their
+    bytes. What ``progress`` raises ends it between two files."""
+    found = [path for path in (files(source) if only is None else only) if path.suffix != _TEMP]
     total, done = sum(path.stat().st_size for path in found), 0
     for path in found:
         place = target / path.relative_to(source)

@@ -10,7 +10,8 @@ import pytest
 from indexer.cas import FsBlobStore
 from indexer.errors import WriterPoisoned
 from indexer.simulator.account import Account
-from indexer.store.archives import Archives, check_archives
+from indexer.store.archive_check import check_archives
+from indexer.store.archives import Archives
 from indexer.store.codecs import AccountStatus, SyncState
 from tests.backfill.world import Host, World, account, answer_car, car_of, edit, rev
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 import errno
 import hashlib
+import io
 import os
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +18,8 @@ import pytest
 
 from indexer.cas import ARCHIVE_LEVEL, ZSTD_LEVEL, Blob, FsBlobStore, digest_of
 from indexer.cas.blob_store import CHUNK
-from indexer.errors import BlobCorrupt, BlobMissing, StoreError, StoreFull
+from indexer.cas.reader import VerifiedReader
+from indexer.errors import BlobCorrupt, BlobMissing, BlobUnreadable, StoreError, StoreFull
 from tests.cas.support import CONTENTS, child, temporary, tree
 
 TEXT = CONTENTS["text"]
@@ -232,6 +234,74 @@ def test_putting_it_again_repairs_a_damaged_file(tmp_path: Path) -> None:
     blobs.put(TEXT)
     assert blobs.get(DIGEST) == TEXT
     assert not wrong_form.exists()
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EACCES, errno.ENFILE])
+def test_what_the_system_refuses_to_open_is_not_said_to_be_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    blobs = store(tmp_path)
+    blobs.put(TEXT)
+    path = path_of(blobs, DIGEST)
+    before = path.stat()
+
+    def refused(self: Path, *_: object, **__: object) -> NoReturn:
+        raise OSError(error, os.strerror(error), str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        for read in (blobs.get, blobs.open_read, lambda _digest: blobs.put(TEXT)):
+            with pytest.raises(BlobUnreadable, match=os.strerror(error)) as caught:
+                read(DIGEST)
+            assert caught.value.digest == DIGEST
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", refused)
+        with pytest.raises(BlobUnreadable):
+            blobs.contains(DIGEST)
+        with pytest.raises(StoreError, match=os.strerror(error)):
+            list(blobs.files())
+    assert path.stat() == before
+    assert blobs.get(DIGEST) == TEXT
+
+
+def test_bytes_that_the_disk_lost_are_damage_and_are_stored_anew(tmp_path: Path) -> None:
+    blobs = store(tmp_path)
+    blobs.put(TEXT)
+    path = path_of(blobs, DIGEST)
+    path.unlink()
+    path.mkdir()  # reading it is an error of the disk, as far as we can tell
+    with pytest.raises(BlobCorrupt):
+        blobs.get(DIGEST)
+
+
+def test_a_stream_that_failed_does_not_end_instead(tmp_path: Path) -> None:
+    blobs = store(tmp_path)
+    data = CONTENTS["jpeg"].ljust(3 * CHUNK, b".")
+    digest = blobs.put(data)
+    path_of(blobs, digest).write_bytes(data[:-1] + b"!")
+    with blobs.open_read(digest) as stream:
+        for _ in range(3):
+            with pytest.raises(BlobCorrupt):
+                stream.read()
+
+    def broken() -> Iterator[bytes]:
+        yield b"first"
+        raise BlobUnreadable(digest, "no more")
+
+    reader = VerifiedReader(io.BytesIO(), broken())
+    assert reader.readinto(bytearray(5)) == 5
+    for _ in range(2):
+        with pytest.raises(BlobUnreadable):
+            reader.readinto(bytearray(5))
+
+
+def test_digests_are_listed_in_order_each_once(tmp_path: Path) -> None:
+    blobs = store(tmp_path)
+    assert list(blobs.digests()) == []
+    digests = sorted(blobs.put(data) for data in CONTENTS.values())
+    (path_of(blobs, DIGEST).parent / f"{DIGEST.hex()}.raw").write_bytes(b"in the other form")
+    (tmp_path / "cas" / "blobs" / "sha256" / "notes").write_text("no shard")
+    assert list(blobs.digests()) == digests
 
 
 # --- writers

@@ -35,6 +35,9 @@ def test_both_stores_answer_alike(tmp_path: Path, kind: str) -> None:
     assert (blobs.contains(digest), blobs.remove(digest)) == (False, False)
     blobs.put(b"later")
     assert blobs.contains(digest)
+    assert list(blobs.digests()) == [digest]
+    with pytest.raises(StoreError, match="reading .*nowhere"):
+        blobs.put_file(tmp_path / "nowhere")
     before = blobs.physical_bytes()
     blobs.put(b"later")
     assert blobs.physical_bytes() == before > 0

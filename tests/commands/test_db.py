@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from indexer.cas import FsBlobStore
 from indexer.cli import main
+from indexer.commands import db as db_commands
 from indexer.commands.db import size_text
 from indexer.store.codecs import ArchiveRow, Mode, pack
 from indexer.store.database import FORMAT, Database
@@ -108,7 +110,25 @@ def test_what_cannot_be_repaired_still_exits_1(data: Path, capsys: Output) -> No
     assert call("db", "check", "--repair", "--repo", ALICE, "--data-dir", data) == 1
     out = capsys.readouterr().out
     assert "is missing" in out
-    assert "repaired: 0 references, 0 totals" in out
+    assert "repaired" not in out
+    assert "there is nothing that a repair sets right" in out
+
+
+def test_damaged_archives_alone_start_no_repair(
+    data: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("repaired")
+
+    monkeypatch.setattr(db_commands, "repair_store", refuse)
+    stray = FsBlobStore(data / "cas").put(b"nobody's")
+    assert call("db", "check", "--repair", "--data-dir", data) == 1
+    assert f"archives: the file of sha256 {stray.hex()} belongs to no row" in capsys.readouterr().out
+
+
+def test_a_check_of_an_unknown_repository_says_so(data: Path, capsys: Output) -> None:
+    assert call("db", "check", "--repo", "did:web:nobody.test", "--data-dir", data) == 1
+    assert "did:web:nobody.test is unknown here" in capsys.readouterr().out
 
 
 def test_damaged_archives_are_found(data: Path, capsys: Output) -> None:

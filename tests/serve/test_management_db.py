@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
+import aiohttp
 import pytest
 
+from indexer.errors import StoreError
 from indexer.ingest.audit import Auditor
 from indexer.pool import Pool
 from indexer.serve import health, management_db
@@ -78,7 +83,7 @@ async def test_archives_hold_still_and_backups_take_turns(
 
         busy: list[int] = []
 
-        def copied(db: Database, target: Path) -> backups.Backup:
+        def copied(db: Database, target: Path, *, progress: object) -> backups.Backup:
             again = asyncio.run_coroutine_threadsafe(
                 node.manage("POST", "/db/backup", json={"to": "/x/y"}), loop
             )
@@ -157,3 +162,25 @@ async def test_a_stream_over_a_restore_goes_on_and_tells_of_the_hole(tmp_path: P
                 notice, event = await messages(socket, 2)
             assert (notice["type"], notice["name"], notice["id"]) == ("info", "Skipped", restored.next)
             assert (event["id"], event["record"]["rkey"]) == (restored.next, "new")
+
+
+async def test_a_stop_does_not_wait_for_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, ended = threading.Event(), list[str]()
+
+    def endless(_db: Database, _target: Path, *, progress: Callable[[str, int, int], None]) -> NoReturn:
+        try:
+            while True:
+                progress("files", 1, 2)
+                began.set()
+        except StoreError as error:
+            ended.append(str(error))
+            raise
+
+    monkeypatch.setattr(management_db, "backup", endless)
+    async with running(tmp_path) as node:
+        asked = asyncio.create_task(node.manage("POST", "/db/backup", json={"to": str(tmp_path / "copy")}))
+        await asyncio.to_thread(began.wait)
+        await node.management.stop()
+        assert ended == ["the work was given up: the daemon stops"]  # and its thread is free
+        with pytest.raises(aiohttp.ClientError):
+            await asked

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from indexer.cas import FsBlobStore
-from indexer.store.archives import Archives, archives_of, check_archives
+from indexer.store.archive_check import check_archives
+from indexer.store.archives import Archives, archives_of
 from indexer.store.check import check
 from indexer.store.codecs import OVERSIZE, did_range
 from indexer.store.database import Database

@@ -12,7 +12,8 @@ import pytest
 
 from indexer.cas import FsBlobStore, MemBlobStore, digest_of
 from indexer.errors import StoreError
-from indexer.store.archives import Archived, Archives, check_archives, settle
+from indexer.store.archive_check import check_archives
+from indexer.store.archives import Archived, Archives, settle
 from indexer.store.check import check
 from indexer.store.codecs import AccountStatus, ArchiveRow
 from indexer.store.database import Database
@@ -310,3 +311,92 @@ async def test_a_wrong_total_is_found(tmp_path: Path) -> None:
         store.assert_clean()
         await store.do(lambda tx: tx.add_count("archives/bytes", 1))
         assert check(store.db).problems == ["counts: archives/bytes says 4, a recount 3"]
+
+
+async def test_new_cars_are_kept_while_a_copy_is_made(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        kept = Kept(store, tmp_path)
+        await kept.keep(ALICE, REVS[0], b"old car")
+        async with kept.archives.still(), kept.archives.still():
+            await kept.keep(ALICE, REVS[1], b"car")  # would wait for ever if it waited for the copy
+            waiting = asyncio.create_task(kept.archives.run_once())
+            await asyncio.sleep(0)
+            await kept.keep(BOB, REVS[1], b"car of bob")
+            assert not waiting.done()
+            assert len(kept.files()) == 3
+        assert (await waiting).removed == 1
+        kept.assert_exact()
+
+
+async def test_a_file_that_cannot_be_removed_holds_up_no_other(tmp_path: Path) -> None:
+    class Stubborn(FsBlobStore):
+        def remove(self, digest: bytes) -> bool:
+            if digest == digest_of(b"car 1"):
+                raise StoreError("Operation not permitted")
+            return super().remove(digest)
+
+    async with opened(tmp_path) as store:
+        kept = Kept(store, tmp_path)
+        for number in range(4):
+            await kept.keep(ALICE, REVS[0], b"car %d" % number)
+        kept.archives.blobs = Stubborn(tmp_path / "cas", level=3)
+        assert await kept.archives.run_once() == (3, 2, 1)
+        assert kept.queued() == {digest_of(b"car 1")}
+        assert kept.archives.stats["refused"] == 1
+        kept.archives.blobs = kept.blobs
+        assert await kept.archives.run_once() == (1, 1, 0)
+        assert kept.archives.stats["refused"] == 0
+        kept.assert_exact()
+
+
+async def test_a_file_is_busy_until_the_last_who_keeps_it_is_done(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        kept = Kept(store, tmp_path)
+        async with kept.archives.keeping(ALICE, kept.car(b"car")) as outer:
+            await kept.keep(ALICE, REVS[0], b"car", hold=False)
+            assert (await kept.archives.run_once()).looked == 0
+            assert outer is not None
+            await store.do(partial(outer.hold, did=ALICE, rev=REVS[0]))
+        await kept.archives.run_once()
+        assert kept.of(ALICE) == [(REVS[0], b"car")]
+        kept.assert_exact()
+
+
+async def test_a_car_that_is_gone_is_an_error_of_ours(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        kept = Kept(store, tmp_path)
+        with pytest.raises(StoreError, match="reading .*nowhere"):
+            async with kept.archives.keeping(ALICE, tmp_path / "nowhere"):
+                raise AssertionError("it was kept")
+        car = kept.car(b"car")
+
+        class Loses(MemBlobStore):
+            def put_file(self, source: Path, **_: object) -> bytes:
+                source.unlink()
+                return digest_of(b"car")
+
+        kept.archives.blobs = Loses()
+        with pytest.raises(StoreError, match="reading .*fetched.car"):
+            async with kept.archives.keeping(ALICE, car):
+                raise AssertionError("it was kept")
+        assert await kept.archives.run_once() == (1, 0, 0)  # nobody is busy with it any more
+
+
+@pytest.mark.parametrize("partition_rows", [1, 1000])
+async def test_a_file_that_nobody_knows_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition_rows: int
+) -> None:
+    monkeypatch.setattr("indexer.store.archive_check._PARTITION_ROWS", partition_rows)
+    async with opened(tmp_path) as store:
+        kept = Kept(store, tmp_path, keep=9)
+        for number in range(5):
+            await kept.keep(ALICE, REVS[number], b"car %d" % number)
+        await kept.keep(BOB, REVS[0], b"on its way out", hold=False)
+        told: list[tuple[int, int]] = []
+        found = check_archives(store.db, kept.blobs, progress=lambda done, files: told.append((done, files)))
+        assert list(found) == []
+        assert told == [(number, 5) for number in range(1, 6)]
+        stray = kept.blobs.put(b"nobody's")
+        [problem] = check_archives(store.db, kept.blobs)
+        assert f"{stray.hex()} belongs to no row" in problem
+        assert list(check_archives(store.db, kept.blobs, ALICE)) == []

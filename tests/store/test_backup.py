@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
-from indexer.cas import FsBlobStore
+from indexer.cas import FsBlobStore, digest_of
 from indexer.errors import StoreError, StoreLocked
 from indexer.store import backup as module
 from indexer.store.backup import MANIFEST, backup, read_manifest
 from indexer.store.check import check
+from indexer.store.codecs import ArchiveRow
 from indexer.store.database import FORMAT, Database
+from indexer.store.keyspaces import ARCHIVES
+from indexer.store.raw import RawRows
 from indexer.store.restore import restore
 from tests.store.support import ALICE, opened
 
@@ -165,3 +168,24 @@ def watch_syncs(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
 
     monkeypatch.setattr(os, "fsync", noted)
     return synced
+
+
+async def test_a_car_that_comes_meanwhile_is_not_of_that_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path / "data") as store:
+        blobs = FsBlobStore(tmp_path / "data" / "cas", level=3)
+        real = Database.checkpoint
+
+        def meanwhile(db: Database, target: Path) -> None:
+            kept = blobs.put(b"its row is in the copy")
+            row = ARCHIVES.value.encode(ArchiveRow("3ka", 1, 22))
+            RawRows(db).commit([(ARCHIVES.name, ARCHIVES.key.encode((ALICE, kept)), row)])
+            real(db, target)
+            blobs.put(b"its row is too late")
+
+        before = blobs.put(b"there before")
+        monkeypatch.setattr(Database, "checkpoint", meanwhile)
+        backup(store.db, tmp_path / "copy")
+    held = digest_of(b"its row is in the copy")
+    assert set(FsBlobStore(tmp_path / "copy" / "cas").digests()) == {before, held}
