@@ -28,13 +28,17 @@ was wrong and, where a person can act on it, what to do. No I/O; any thread.
     ├── StoreError               our own state; stop loudly
     │   ├── BlobCorrupt          an archived file does not decode, or does not hash to its name
     │   ├── BlobMissing          nothing is stored under a digest
+    │   ├── BlobUnreadable       an archived file cannot be read now: permissions, open files
     │   ├── StoreCorrupt         a row does not decode, a block does not hash to its CID
     │   ├── StoreBusy            RocksDB asks for patience (write stall); retried by the writer
     │   ├── StoreFull            the disk is full
     │   ├── StoreLocked          another process holds the database
+    │   ├── DiskError            a walk's disk store is full, or cannot be used
     │   ├── StoreModeMismatch    the database was made in another mode
     │   ├── StoreVersion         the format is newer than this program
     │   └── WriterPoisoned       a commit failed; nothing more is written
+    ├── DriveError               a walk through the library failed (carries ``kind``; the cause is chained)
+    │   └── OrderLost            streaming order ended (carries ``need_disk``, the paused walk)
     ├── WorkerDied               a worker process died under its work, twice
     ├── RequestError             a query is refused (carries HTTP ``status`` and XRPC ``name``)
     ├── ConfigError              a setting is unknown, malformed or contradictory
@@ -43,7 +47,7 @@ was wrong and, where a person can act on it, what to do. No I/O; any thread.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 
 class IndexerError(Exception):
@@ -92,7 +96,14 @@ class CarError(BadInput):
 
 
 class MstError(BadInput):
+    """``rule`` is what a tree breaks, where that has a name: ``prefix_out_of_bounds``, ``prefix_not_maximal``,
+    ``key_not_utf8``, ``empty_node``, ``wrong_depth``, ``lost_depth``, ``order``; "" for any other."""
+
     reason = "mst"
+
+    def __init__(self, message: str, *, reason: str | None = None, rule: str = "") -> None:
+        super().__init__(message, reason=reason)
+        self.rule = rule
 
 
 class MissingBlock(MstError):
@@ -216,6 +227,16 @@ class BlobCorrupt(StoreError):
         self.digest = digest
 
 
+class BlobUnreadable(StoreError):
+    """The system does not let us read what is stored under ``digest``, its SHA-256; it may be whole."""
+
+    reason = "blob_unreadable"
+
+    def __init__(self, digest: bytes, why: str) -> None:
+        super().__init__(f"what is stored under sha256 {digest.hex()} cannot be read now: {why}")
+        self.digest = digest
+
+
 class StoreCorrupt(StoreError):
     reason = "store_corrupt"
 
@@ -242,6 +263,37 @@ class StoreVersion(StoreError):
 
 class WriterPoisoned(StoreError):
     reason = "writer_poisoned"
+
+
+class DiskError(StoreError):
+    """The disk store of a walk: its maximum is reached, or it cannot be opened, written or read."""
+
+    reason = "spill"
+
+
+class DriveError(IndexerError):
+    """A walk through the library failed; ``__cause__`` is the error behind it.
+
+    ``kind``: ``car``, ``bad_block``, ``missing_commit``, ``missing_root``, ``missing_block``, ``commit``,
+    ``signature``, ``walk``, ``disk``, ``limit``, ``time`` or ``need_disk``.
+    """
+
+    reason = "drive"
+
+    def __init__(self, message: str, *, kind: str) -> None:
+        super().__init__(message, reason=kind)
+        self.kind = kind
+
+
+class OrderLost(DriveError):
+    """A walk that read in streaming order met blocks out of order, more than its memory limit holds.
+
+    ``need_disk`` is the paused walk: what it gave out stands, and with a disk it goes on behind that.
+    """
+
+    def __init__(self, message: str, *, need_disk: Any) -> None:
+        super().__init__(message, kind="need_disk")
+        self.need_disk = need_disk
 
 
 class WorkerDied(IndexerError):

@@ -163,14 +163,23 @@ class CarSplitter:
     Holds at most one unfinished section, so never more than ``max_block`` and the last piece.
     """
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS, verify: bool = True) -> None:
+    def __init__(
+        self,
+        limits: Limits = DEFAULT_LIMITS,
+        verify: bool = True,
+        *,
+        roots: tuple[Cid, ...] | None = None,
+        offset: int = 0,
+        blocks: int = 0,
+    ) -> None:
+        """With ``roots`` it begins at ``offset``, behind the header and so many ``blocks``."""
         self._limits = limits
         self._verify = verify
         self._buffer = bytearray()
-        self._offset = 0  # of the buffer's first byte, within the archive
+        self._offset = offset  # of the buffer's first byte, within the archive
         self._need = 1  # bytes that the buffer must hold before it is worth another look
-        self.roots: tuple[Cid, ...] | None = None  # None until the header is whole
-        self.blocks = 0
+        self.roots = roots  # None until the header is whole
+        self.blocks = blocks
 
     @property
     def size(self) -> int:

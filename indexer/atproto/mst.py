@@ -18,6 +18,7 @@ from indexer.atproto.cid import DAG_CBOR_PREFIX, dag_cbor_cid
 from indexer.atproto.node import (
     EMPTY_NODE,
     EMPTY_ROOT,
+    MAX_LAYER,
     MAX_NODE_BYTES,
     Node,
     are_tree_keys,
@@ -42,9 +43,28 @@ Get = Callable[[Cid], bytes | None]
 
 @dataclass(frozen=True, slots=True)
 class TreeLimits:
-    """Bounds on one tree: nodes and records together."""
+    """Bounds on one tree: nodes and records together, layers, bytes of a node."""
 
     max_nodes: int = 5_000_000
+    max_depth: int = MAX_LAYER
+    max_node_bytes: int = MAX_NODE_BYTES
+
+    def check_depth(self, layer: int) -> None:
+        """Raise `MstError` when a root lies on a layer above the limit."""
+        if layer > self.max_depth:
+            raise MstError(f"tree of {layer} layers, more than {self.max_depth}", reason="tree_depth")
+
+    def check_node(self, cid: Cid, size: int) -> None:
+        """Raise `MstError` when a node has more bytes than the limit."""
+        if size > self.max_node_bytes:
+            raise MstError(
+                f"{describe(cid)} has {size} bytes, more than {self.max_node_bytes}", reason="node_size"
+            )
+
+    def check_size(self, seen: int) -> None:
+        """Raise `MstError` when there are more nodes and records than the limit."""
+        if seen > self.max_nodes:
+            raise MstError(f"tree of more than {self.max_nodes} nodes and records", reason="tree_size")
 
 
 DEFAULT_LIMITS: Final = TreeLimits()
@@ -83,7 +103,7 @@ def build(items: Iterable[tuple[Path, Cid]]) -> Tree:
     for path, value in items:
         key = path.encode("ascii", "replace")
         if key <= last:
-            raise MstError(f"key {shown(key)} does not come after {shown(last)}")
+            raise MstError(f"key {shown(key)} does not come after {shown(last)}", rule="order")
         if not are_tree_keys([key]):
             raise MstError(f"{shown(key)} is not a key of the form collection/rkey")
         last = key
@@ -125,13 +145,13 @@ def load_node(cid: Cid, get: Get) -> Node:
     try:
         return parse_node(block)
     except MstError as error:
-        raise MstError(f"{describe(cid)}: {error}") from error
+        raise MstError(f"{describe(cid)}: {error}", rule=error.rule) from error
 
 
 def root_layer(root: Cid, node: Node) -> int:
     """The layer of a root node that is not the empty tree's, from its first key."""
     if not node.keys:
-        raise MstError(f"{describe(root)} is the root and has no entry")
+        raise MstError(f"{describe(root)} is the root and has no entry", rule="empty_node")
     layer = key_layer(node.keys[0])
     check_place(root, node, layer)
     return layer
@@ -142,11 +162,11 @@ def check_place(cid: Cid, node: Node, layer: int) -> None:
     try:
         check_layer(node.keys, layer)
     except MstError as error:
-        raise MstError(f"{describe(cid)}: {error}") from error
+        raise MstError(f"{describe(cid)}: {error}", rule=error.rule) from error
     if layer == 0 and any(node.kids):
-        raise MstError(f"{describe(cid)} is on layer 0 and has a child")
+        raise MstError(f"{describe(cid)} is on layer 0 and has a child", rule="lost_depth")
     if not node.keys and node.kids[0] is None:
-        raise MstError(f"{describe(cid)} is empty")
+        raise MstError(f"{describe(cid)} is empty", rule="empty_node")
 
 
 def _check_root(root: Cid) -> None:
@@ -172,6 +192,7 @@ def visit(root: Cid, get: Get, limits: TreeLimits = DEFAULT_LIMITS) -> Iterator[
     if root == EMPTY_ROOT:
         return
     layer = root_layer(root, node)
+    limits.check_depth(layer)
     seen = 1 + len(node.keys)
     last = b""
     collection = ""
@@ -184,8 +205,7 @@ def visit(root: Cid, get: Get, limits: TreeLimits = DEFAULT_LIMITS) -> Iterator[
             node, layer, index = load_node(kid, get), layer - 1, 0
             check_place(kid, node, layer)
             seen += 1 + len(node.keys)
-            if seen > limits.max_nodes:
-                raise MstError(f"tree of more than {limits.max_nodes} nodes and records", reason="tree_size")
+            limits.check_size(seen)
             yield None, kid
             continue
         while index == len(node.keys):
@@ -195,7 +215,7 @@ def visit(root: Cid, get: Get, limits: TreeLimits = DEFAULT_LIMITS) -> Iterator[
             layer += 1
         key = node.keys[index]
         if key <= last:
-            raise MstError(f"key {shown(key)} does not come after {shown(last)}")
+            raise MstError(f"key {shown(key)} does not come after {shown(last)}", rule="order")
         last = key
         path = key.decode("ascii")
         collection = check_path(path, collection)
@@ -249,5 +269,5 @@ def _descend(root: Cid, path: Path, get: Get) -> tuple[list[Cid], Cid | None]:
         node, layer = load_node(kid, get), layer - 1
         check_place(kid, node, layer)
         if node.keys and (node.keys[0] <= low or node.keys[-1] >= high):
-            raise MstError(f"{describe(kid)} has keys outside of its parent's bounds")
+            raise MstError(f"{describe(kid)} has keys outside of its parent's bounds", rule="order")
         way.append(kid)

@@ -186,7 +186,10 @@ def check_layer(keys: Sequence[bytes], layer: int) -> None:
     digests = [sha256(key).digest() for key in keys]
     if digests and (min(digests) < low or max(digests) >= high):
         wrong = next(key for key in keys if key_layer(key) != layer)
-        raise MstError(f"key {shown(wrong)} of layer {key_layer(wrong)} is in a node of layer {layer}")
+        raise MstError(
+            f"key {shown(wrong)} of layer {key_layer(wrong)} is in a node of layer {layer}",
+            rule="wrong_depth",
+        )
 
 
 def shown(key: bytes) -> str:
@@ -212,9 +215,9 @@ def node_fault(block: bytes) -> MstError:
         return MstError(f"tree node of {len(entries)} entries, more than {MAX_ENTRIES}")
     last = b""
     for number, entry in enumerate(entries):
-        fault, last = _entry_fault(entry, last)
+        fault, last, rule = _entry_fault(entry, last)
         if fault:
-            return MstError(f"entry {number} of a tree node: {fault}")
+            return MstError(f"entry {number} of a tree node: {fault}", rule=rule)
     if not _is_tree_link(value["l"]):
         return MstError("l of a tree node is neither null nor a link to a DAG-CBOR block with SHA-256")
     if encode(value) != block:
@@ -222,28 +225,44 @@ def node_fault(block: bytes) -> MstError:
     return MstError("tree node is malformed")
 
 
-def _entry_fault(entry: Any, last: bytes) -> tuple[str, bytes]:
-    """(what is wrong with an entry or "", its key)."""
+def _entry_fault(entry: Any, last: bytes) -> tuple[str, bytes, str]:
+    """(what is wrong with an entry or "", its key, the rule's name)."""
     if type(entry) is not dict or entry.keys() != {"k", "p", "t", "v"}:
-        return "it is not a map of k, p, t and v", last
+        return "it is not a map of k, p, t and v", last, ""
     shared, suffix = entry["p"], entry["k"]
     if type(shared) is not int or type(suffix) is not bytes:
-        return "p is not an integer or k is not bytes", last
+        return "p is not an integer or k is not bytes", last, ""
     if not 0 <= shared <= len(last):
-        return f"p is {shared}, but the key before has {len(last)} bytes", last
+        return f"p is {shared}, but the key before has {len(last)} bytes", last, "prefix_out_of_bounds"
     key = last[:shared] + suffix
     if not are_tree_keys([key]):
-        return f"{shown(key)} is not a key of the form collection/rkey of at most {MAX_KEY_BYTES} bytes", key
+        return (
+            f"{shown(key)} is not a key of the form collection/rkey of at most {MAX_KEY_BYTES} bytes",
+            key,
+            _key_rule(key),
+        )
     if key <= last:
-        return f"key {shown(key)} does not come after {shown(last)}", key
+        return f"key {shown(key)} does not come after {shown(last)}", key, "order"
     if common_prefix(last, key) != shared:
-        return f"p is {shared}, but the keys share {common_prefix(last, key)} bytes", key
+        return (
+            f"p is {shared}, but the keys share {common_prefix(last, key)} bytes",
+            key,
+            "prefix_not_maximal",
+        )
     if not _is_tree_link(entry["t"]):
-        return "t is neither null nor a link to a DAG-CBOR block with SHA-256", key
+        return "t is neither null nor a link to a DAG-CBOR block with SHA-256", key, ""
     value = entry["v"]
     if type(value) is not bytes or len(value) != CID_LENGTH or value[:4] not in (DAG_CBOR_PREFIX, RAW_PREFIX):
-        return "v is not a link to a DAG-CBOR or raw block with SHA-256", key
-    return "", key
+        return "v is not a link to a DAG-CBOR or raw block with SHA-256", key, ""
+    return "", key, ""
+
+
+def _key_rule(key: bytes) -> str:
+    try:
+        key.decode()
+    except UnicodeDecodeError:
+        return "key_not_utf8"
+    return ""
 
 
 def _is_tree_link(value: object) -> bool:

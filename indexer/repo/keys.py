@@ -32,7 +32,7 @@ def check_keys(keys: Sequence[bytes]) -> list[Path]:
     """The keys of a whole tree as paths, when they ascend and are all valid; `MstError` otherwise."""
     if not all(map(lt, keys, islice(keys, 1, None))):
         last, key = next(pair for pair in pairwise(keys) if pair[0] >= pair[1])
-        raise MstError(f"key {shown(key)} does not come after {shown(last)}")
+        raise MstError(f"key {shown(key)} does not come after {shown(last)}", rule="order")
     joined = b"\n".join(keys)
     paths = joined.decode("ascii").split("\n")
     if slashes(joined) != b"/\n" * (len(keys) - 1) + b"/":

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from indexer.atproto.car import Limits, read_varint
 from indexer.atproto.cid import CID_LENGTH
+from indexer.atproto.mst import TreeLimits
 from indexer.atproto.node import (
     COUNT_HEADS,
     MAX_ENTRIES,
@@ -77,13 +78,13 @@ class Preorder:
     """The state of a walk between windows. The commit's section lies before the first."""
 
     __slots__ = (
-        "_last", "_layer", "_limits", "_max_nodes", "_order", "_paths", "_stack", "_verify", "_want",
+        "_last", "_layer", "_limits", "_order", "_paths", "_stack", "_tree_limits", "_verify", "_want",
         "blocks", "entries",
     )  # fmt: skip
 
-    def __init__(self, root: Cid, limits: Limits, max_nodes: int, *, verify: bool = True) -> None:
+    def __init__(self, root: Cid, limits: Limits, tree_limits: TreeLimits, *, verify: bool = True) -> None:
         self._limits = limits
-        self._max_nodes = max_nodes
+        self._tree_limits = tree_limits
         self._verify = verify
         self._want: Cid | None = root
         self._stack: list[Frame] = []
@@ -133,6 +134,8 @@ class Preorder:
         return Taken(found.end, [], [], [])
 
     def _tree(self, found: _Sections) -> Taken | None:
+        if max(map(len, found.nodes), default=0) > min(MAX_NODE_BYTES, self._tree_limits.max_node_bytes):
+            return None
         split = _split_nodes(found.nodes)
         if split is None:
             return None
@@ -146,8 +149,10 @@ class Preorder:
         if met < len(cids) and (place.want is not None or not are_cids(b"".join(cids[met:]))):
             return None
         entries = self.entries + len(found.nodes) + len(place.keys)
-        if entries > self._max_nodes or (place.keys and place.keys[0] <= self._last):
+        if place.keys and place.keys[0] <= self._last:
             return None
+        self._tree_limits.check_size(entries)
+        self._tree_limits.check_depth(place.layer)
         for layer, keys in enumerate(place.layers):
             check_layer(keys, layer)
         paths = self._paths + (check_keys(place.keys) if place.keys else [])
@@ -252,8 +257,6 @@ def _split_nodes(nodes: list[bytes]) -> tuple[list[bytes], list[_Fields]] | None
         else:
             return None
         fields.append((parts[5::_PARTS], left, parts[4::_PARTS]))
-    if max(map(len, nodes), default=0) > MAX_NODE_BYTES:
-        return None
     if list(map(_LENGTHS.get, heads)) != list(map(len, suffixes)):
         return None
     keys = _keys(suffixes, prefixes)

@@ -131,7 +131,7 @@ def _index(
         commit = checked_commit(root, block, did, key)
     else:
         block = early.block
-    records = _records(data, commit.data, spans, tree_limits.max_nodes)
+    records = _records(data, commit.data, spans, tree_limits)
     return RepoIndex(commit, root, block, commit.data, records, blocks, len(data))
 
 
@@ -139,7 +139,7 @@ def _in_order(
     data: bytes | mmap, at: int, root: Cid, limits: Limits, tree_limits: TreeLimits, verify: bool
 ) -> tuple[Records, int] | None:
     """(records, number of blocks) of an archive in streaming order that is good, None of any other."""
-    walk = Preorder(root, limits, tree_limits.max_nodes, verify=verify)
+    walk = Preorder(root, limits, tree_limits, verify=verify)
     records = Records(data)
     size = len(data)
     while at < size:
@@ -231,12 +231,12 @@ def _split(data: bytes | mmap, at: int, limits: Limits, verify: bool) -> tuple[_
     raise CarError("CAR is malformed")
 
 
-def _records(data: bytes | mmap, root: Cid, spans: _Spans, max_nodes: int) -> Records:
+def _records(data: bytes | mmap, root: Cid, spans: _Spans, limits: TreeLimits) -> Records:
     """Every record in key order. The rules of `mst.walk`, but checked for many keys at once."""
     records = Records(data)
     if root == EMPTY_ROOT and root in spans:
         return records
-    walk = _Walk(data, spans, max_nodes)
+    walk = _Walk(data, spans, limits)
     walk.run(root)
     for layer, layer_keys in enumerate(walk.layers):
         check_layer(layer_keys, layer)
@@ -262,12 +262,12 @@ class _Walk:
     of nodes without keys end at layer 0: a hostile tree costs no more than its bytes times its layers.
     """
 
-    __slots__ = ("_data", "_max_nodes", "_nodes", "_spans", "keys", "layers", "values")
+    __slots__ = ("_data", "_limits", "_nodes", "_spans", "keys", "layers", "values")
 
-    def __init__(self, data: bytes | mmap, spans: _Spans, max_nodes: int) -> None:
+    def __init__(self, data: bytes | mmap, spans: _Spans, limits: TreeLimits) -> None:
         self._data = data
         self._spans = spans
-        self._max_nodes = max_nodes
+        self._limits = limits
         self._nodes = 0
         self.keys: list[bytes] = []
         self.values: list[Cid] = []
@@ -276,6 +276,7 @@ class _Walk:
     def run(self, root: Cid) -> None:
         node = self._load(root)
         layer = root_layer(root, Node(*node))
+        self._limits.check_depth(layer)
         self.layers = [[] for _ in range(layer + 1)]
         self.layers[layer] += node[0]
         if layer == 0:
@@ -310,6 +311,7 @@ class _Walk:
         if span is None:
             raise MissingBlock(f"{describe(cid)} is missing", cid=cid)
         at = span >> 32
+        self._limits.check_node(cid, span & _LENGTH)
         node = split_node(self._data[at : at + (span & _LENGTH)])
         self._check(cid, node)
         self._nodes += 1
@@ -317,21 +319,22 @@ class _Walk:
         return node
 
     def _check_size(self) -> None:
-        if self._nodes + len(self.keys) > self._max_nodes:
-            raise MstError(f"tree of more than {self._max_nodes} nodes and records", reason="tree_size")
+        self._limits.check_size(self._nodes + len(self.keys))
 
     def _check(self, cid: Cid, node: Fields) -> None:
         if not node[0]:
             if node[2][0] is None:
-                raise MstError(f"{describe(cid)} is empty")
+                raise MstError(f"{describe(cid)} is empty", rule="empty_node")
         elif self.keys and node[0][0] <= self.keys[-1]:
-            raise MstError(f"key {shown(node[0][0])} does not come after {shown(self.keys[-1])}")
+            raise MstError(
+                f"key {shown(node[0][0])} does not come after {shown(self.keys[-1])}", rule="order"
+            )
 
     def _leaves(self, node: Fields) -> None:
         """A node of layer 1 with the leaves below it: most of every tree, and so the tightest loop."""
         keys, values, spans, data = self.keys, self.values, self._spans, self._data
         bottom = self.layers[0]
-        length = _LENGTH
+        length, largest = _LENGTH, self._limits.max_node_bytes
         node_keys, node_values, kids = node
         last = len(node_keys)
         self._nodes += last + 1 - kids.count(None)
@@ -341,12 +344,14 @@ class _Walk:
                 if span is None:
                     raise MissingBlock(f"{describe(kid)} is missing", cid=kid)
                 at = span >> 32
+                if span & length > largest:
+                    self._limits.check_node(kid, span & length)
                 leaf = split_node(data[at : at + (span & length)])
                 leaf_keys, leaf_values, below = leaf
                 if not leaf_keys or (keys and leaf_keys[0] <= keys[-1]):
                     self._check(kid, leaf)
                 if below.count(None) != len(below):
-                    raise MstError(f"{describe(kid)} is on layer 0 and has a child")
+                    raise MstError(f"{describe(kid)} is on layer 0 and has a child", rule="lost_depth")
                 bottom += leaf_keys
                 keys += leaf_keys
                 values += leaf_values

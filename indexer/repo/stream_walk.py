@@ -1,0 +1,187 @@
+"""The walk of an archive in streaming order while it is read: memory for a window of it, whatever its size.
+
+Goes through `Preorder`. Blocks that passed are remembered as long as there is room, for a record that stands
+under several keys and came once. Where the order ends, what follows is gathered in memory and the walk goes
+on in the tree; what memory does not hold needs a disk, and `OrderLost` hands over the paused walk.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from indexer.atproto.cid import CID_LENGTH
+from indexer.atproto.commit import Commit
+from indexer.atproto.types import Cid, Path
+from indexer.errors import OrderLost
+from indexer.repo.blocks import BLOCK_OVERHEAD, Output
+from indexer.repo.loading import Gathering, NeedDisk, Plan, Resume
+from indexer.repo.preorder import WINDOW, Preorder, Taken
+from indexer.repo.source import CarReader
+from indexer.repo.tree_walk import TreeWalk
+from indexer.repo.walks import RecordWalk, Span, StoreWalk
+
+
+class _Window(NamedTuple):
+    data: bytes
+    starts: list[int]
+    ends: list[int]
+
+    @property
+    def size(self) -> int:
+        return len(self.data) + BLOCK_OVERHEAD * len(self.starts)
+
+
+class Passed:
+    """Records that passed lately, by their CIDs; the index is made when it is first asked for."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._windows: deque[_Window] = deque()
+        self._size = 0
+        self._index: dict[Cid, bytes] | None = None
+
+    def add(self, data: bytes, starts: list[int], ends: list[int]) -> None:
+        window = _Window(data, starts, ends)
+        self._windows.append(window)
+        self._size += window.size
+        while self._size > self._most and self._windows:
+            self._size -= self._windows.popleft().size
+            self._index = None
+        if self._index is not None:
+            self._index.update(_blocks(window))
+
+    def get(self, cid: Cid) -> bytes | None:
+        if self._index is None:
+            self._index = {cid: block for window in self._windows for cid, block in _blocks(window)}
+        return self._index.get(cid)
+
+    def clear(self) -> None:
+        self._windows.clear()
+        self._size, self._index = 0, None
+
+
+def _blocks(window: _Window) -> list[tuple[Cid, bytes]]:
+    data = window.data
+    return [
+        (data[start - CID_LENGTH : start], data[start:end])
+        for start, end in zip(window.starts, window.ends, strict=True)
+    ]
+
+
+class StreamWalk(RecordWalk):
+    """Reads no further than the chunk that is asked for needs."""
+
+    def __init__(self, commit: Commit, commit_cid: Cid, plan: Plan, reader: CarReader) -> None:
+        """``reader`` stands behind the commit, which is the first block."""
+        super().__init__(commit, plan.clock)
+        self._root = commit_cid
+        self._reader = reader
+        self._plan = plan
+        self._order = Preorder(commit.data, plan.limits, plan.tree_limits)
+        self._passed = Passed(plan.most // 2)
+        self._ready: list[Output] = []
+        self._span = Span()
+        self._rest: StoreWalk | None = None
+        self._lost: OrderLost | None = None
+        self._finished = False
+
+    async def first_window(self) -> bool:
+        """Whether the archive begins in streaming order."""
+        await self._reader.fill(WINDOW)
+        return self._take(self._reader.at + WINDOW)
+
+    async def _chunk(self, size: int) -> list[Output]:
+        ready = self._ready
+        while len(ready) < size and not (self._finished or self._lost or self._rest):
+            await self._more()
+        if self._rest is not None and len(ready) < size:
+            ready += await self._rest._chunk(size - len(ready))
+        if self._lost is not None and not ready:
+            raise self._lost
+        out = ready[:size]
+        del ready[:size]
+        return out
+
+    async def _seek(self, start: Path, stop: Path | None) -> None:
+        self._span = self._span.forward(start, stop)
+        self._ready = list(filter(self._span.has, self._ready))
+        if self._rest is not None:
+            await self._rest._seek(start, stop)
+
+    async def _release(self) -> None:
+        self._ready = []
+        self._passed.clear()
+        await self._reader.close()
+        if self._rest is not None:
+            await self._rest._release()
+
+    async def _more(self) -> None:
+        reader = self._reader
+        before = reader.offset
+        await reader.fill(WINDOW)
+        if self._order.done and not reader.left:
+            self._finished = True
+            return
+        if self._take(reader.at + WINDOW) and (reader.offset > before or await self._grew()):
+            return
+        # One section after the other, up to the one that is out of order.
+        while self._take(reader.at + 1) and reader.offset > before:
+            before = reader.offset
+        if not self._recall():
+            await self._leave_order()
+
+    async def _grew(self) -> bool:
+        """Reads more of a section that the window does not hold; false when there is no more."""
+        had = self._reader.left
+        await self._reader.fill(had + WINDOW)
+        return self._reader.left > had
+
+    def _take(self, stop: int) -> bool:
+        """Walks what begins before ``stop``; false when it is out of order, and nothing has changed then."""
+        reader = self._reader
+        taken = self._order.window(reader.data, reader.at, min(stop, len(reader.data)))
+        if taken is None:
+            return False
+        self._give_out(taken)
+        reader.at = taken.end
+        return True
+
+    def _give_out(self, taken: Taken) -> None:
+        if not taken.paths:
+            return
+        data, outcome = self._reader.data[self._reader.at : taken.end], self._plan.keeping.outcome
+        shift = self._reader.at
+        starts = [start - shift for start in taken.starts]
+        ends = [end - shift for end in taken.ends]
+        self._passed.add(data, starts, ends)
+        found = [
+            Output(path, data[start - CID_LENGTH : start], *outcome(data[start:end]))
+            for path, start, end in zip(taken.paths, starts, ends, strict=True)
+        ]
+        self._ready += found if self._span == Span() else filter(self._span.has, found)
+
+    def _recall(self) -> bool:
+        """Gives out a record that is named and passed before; false when there is none."""
+        pending = self._order.pending()
+        block = self._passed.get(pending[0][1]) if pending else None
+        if block is None:
+            return False
+        path, cid = pending[0]
+        self._order.supply()
+        output = Output(path, cid, *self._plan.keeping.outcome(block))
+        self._ready += filter(self._span.has, [output])
+        return True
+
+    async def _leave_order(self) -> None:
+        """Goes on in the tree with the blocks that remain, once all of them are here."""
+        order, plan = self._order, self._plan
+        self._passed.clear()
+        gathering = Gathering(plan, self._reader, self._root, order.blocks)
+        walk = TreeWalk.resume(self.commit.data, order.frames(), order.entries, plan.tree_limits)
+        resume = Resume(self.commit, walk, order.pending(), self._span)
+        if await gathering.to_memory():
+            self._rest = await gathering.walk(gathering.memory, resume)
+            return
+        what = f"blocks out of order take more than the {plan.most} bytes of memory"
+        self._lost = OrderLost(what, need_disk=NeedDisk(gathering, self.commit, resume))
