@@ -12,7 +12,7 @@ import pytest
 from indexer.atproto.cid import format_cid
 from indexer.atproto.dagcbor import record_to_json
 from indexer.simulator.replay import ReplayNetwork
-from indexer.store.codecs import Event, SyncState
+from indexer.store.codecs import Event, RepoRow, SyncState
 from tests.ingest.node import Node
 from tests.paths import DATA
 
@@ -68,20 +68,23 @@ def check_against_truth(node: Node) -> None:
     rows = dict(node.db.repos())
     assert rows.keys() == accounts.keys()
     for did, account in accounts.items():
-        row = rows[did]
-        assert row.status.label == account["status"], did
-        stored = node.db.records(did)
-        assert {path: format_cid(record.cid) for path, record in stored} == account["records"], did
-        for path, value in account.get("values", {}).items():
-            block = node.db.block(did, dict(stored)[path].cid)
-            assert block is not None
-            assert orjson.loads(record_to_json(block)) == value
-        if account["rev"]:
-            assert (row.rev, format_cid(row.data)) == (account["rev"], account["data"])
-            assert row.state is SyncState.SYNCED
-            assert row.complete
-            assert row.signing_key == account["signingKey"]
-            assert row.handle == account["handle"]
+        check_account(node, did, rows[did], account)
+
+
+def check_account(node: Node, did: str, row: RepoRow, account: dict[str, Any]) -> None:
+    assert row.status.label == account["status"], did
+    stored = node.db.records(did)
+    assert {path: format_cid(record.cid) for path, record in stored} == account["records"], did
+    for path, value in account.get("values", {}).items():
+        block = node.db.block(did, dict(stored)[path].cid)
+        assert block is not None
+        assert orjson.loads(record_to_json(block)) == value
+    if account["rev"]:
+        assert (row.rev, format_cid(row.data)) == (account["rev"], account["data"])
+        assert row.state is SyncState.SYNCED
+        assert row.complete
+        assert row.signing_key == account["signingKey"]
+        assert row.handle == account["handle"]
 
 
 def check_log(node: Node) -> None:

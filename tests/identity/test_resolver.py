@@ -138,6 +138,18 @@ async def test_refresh_and_purge_ask_again() -> None:
         assert (await resolver.resolve(ANN)).signing_key == KEYS[2]["did_key"]
 
 
+async def test_a_purge_forgets_a_failure() -> None:
+    directory = Directory(**{ANN: 404})
+    async with resolving(directory) as resolver:
+        for _ in range(2):
+            with pytest.raises(IdentityGone):
+                await resolver.resolve(ANN)
+        assert directory.asked[ANN] == 1  # remembered
+        directory.documents[ANN] = document(ANN)
+        resolver.purge(ANN)
+        assert (await resolver.resolve(ANN)).did == ANN
+
+
 async def test_the_cache_has_an_end() -> None:
     dids = [f"did:plc:{letter * 24}" for letter in "abcdef"]
     directory = Directory(**{did: document(did) for did in dids})

@@ -156,7 +156,7 @@ class Machine(RuleBasedStateMachine):
         self.row: RepoRow = NEW_REPO._replace(tracked=True, signing_key="did:key:z", due=5)
         self.waiting: list[Sent] = []
         self.twin = Twin()
-        self.roots = [0]  # of each commit of the true history; before the first it is the empty tree
+        self.roots = [0, 1, 2]  # of each commit of the true history; before the first it is the empty tree
         self.seen = self.highest = 0
 
     # ---- the account and its frames
@@ -165,7 +165,6 @@ class Machine(RuleBasedStateMachine):
     def commits(self, changes: bool) -> None:
         self.roots.append(len(self.roots) if changes else self.roots[-1])
 
-    @precondition(lambda self: len(self.roots) > 1)
     @rule(data=st.data(), kind=_KINDS, fault=_FAULTS, unlinked=st.booleans(), newest=st.booleans())
     def frame(self, data: st.DataObject, kind: str, fault: str, unlinked: bool, newest: bool) -> None:
         last = len(self.roots) - 1
@@ -210,7 +209,7 @@ class Machine(RuleBasedStateMachine):
         self.row = self.row._replace(state=SyncState.BACKFILLING, due=1, work=work)
         self.twin.state, self.twin.applied = "backfilling", False
 
-    @precondition(lambda self: self._fetching() and self.row.status.active and len(self.roots) > 1)
+    @precondition(lambda self: self._fetching() and self.row.status.active)
     @rule(data=st.data(), lag=st.booleans())
     def fetched(self, data: st.DataObject, lag: bool) -> None:
         last = len(self.roots) - 1
@@ -302,7 +301,7 @@ def explore(examples: int, steps: int) -> None:
 
 
 def test_whatever_comes_the_machine_does_what_the_twin_does() -> None:
-    explore(60, 25)
+    explore(100, 25)
 
 
 @pytest.mark.slow

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from indexer.atproto.frames import decode_frame
 from indexer.atproto.types import Rev
+from indexer.ingest import pipeline
 from indexer.ingest.apply import SYNC_BLOCKS_BYTES, Arrival, Result
 from indexer.ingest.machine import Act
-from indexer.ingest.verify import VerifyLimits, verify_frame
+from indexer.ingest.suspects import verified
+from indexer.ingest.tools import IngestTools
+from indexer.ingest.verify import Item, Verdict, VerifyLimits, verify_frame
 from indexer.simulator.cbor import block_cid
 from indexer.simulator.wire import car
 from indexer.store.codecs import NEW_REPO, AccountStatus, RepoRow, SyncState
@@ -100,6 +107,31 @@ async def test_what_waited_for_a_fetch_that_is_not_needed_any_more_is_replayed(t
         assert await node.writer.run("base", step) == [Act.BUFFER, Act.APPLY]
         await node.until(lambda: row_of(node, forge).rev == second.rev)
         await node.until(lambda: node.db.count("buffer/frames") == 0)
+
+
+async def test_the_cursor_stands_at_what_is_committed_not_at_what_was_received(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world() as net, net.node(tmp_path, ingest={"batch_frames": 1}) as node:
+        forge = net.account()
+        net.send(forge.parts())
+        await node.until(lambda: holds(node, forge))
+        first, second = asyncio.Event(), asyncio.Event()
+        gates = [first, second]
+
+        async def held(tools: IngestTools, items: Sequence[Item]) -> list[Verdict]:
+            await gates.pop(0).wait()
+            return await verified(tools, items)
+
+        monkeypatch.setattr(pipeline, "verified", held)
+        before = net.seq
+        net.send(forge.posts(1), forge.posts(1))
+        await node.until(lambda: node.ingest.status()[0]["seq"] == net.seq)
+        first.set()
+        await node.until(lambda: node.seqs() != [before])
+        assert node.seqs() == [before + 1]
+        second.set()
+        await node.until(lambda: holds(node, forge))
 
 
 def arrive(node: Node, tx: Transaction, forge: Forge, parts: Parts, source: str) -> Result:
