@@ -165,7 +165,7 @@ async def test_a_stream_over_a_restore_goes_on_and_tells_of_the_hole(tmp_path: P
 
 
 async def test_a_stop_does_not_wait_for_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    began, ended = threading.Event(), list[str]()
+    began, over, ended = threading.Event(), threading.Event(), list[str]()
 
     def endless(_db: Database, _target: Path, *, progress: Callable[[str, int, int], None]) -> NoReturn:
         try:
@@ -174,6 +174,7 @@ async def test_a_stop_does_not_wait_for_a_backup(tmp_path: Path, monkeypatch: py
                 began.set()
         except StoreError as error:
             ended.append(str(error))
+            over.set()
             raise
 
     monkeypatch.setattr(management_db, "backup", endless)
@@ -181,6 +182,7 @@ async def test_a_stop_does_not_wait_for_a_backup(tmp_path: Path, monkeypatch: py
         asked = asyncio.create_task(node.manage("POST", "/db/backup", json={"to": str(tmp_path / "copy")}))
         await asyncio.to_thread(began.wait)
         await node.management.stop()
+        await asyncio.to_thread(over.wait)
         assert ended == ["the work was given up: the daemon stops"]  # and its thread is free
         with pytest.raises(aiohttp.ClientError):
             await asked
