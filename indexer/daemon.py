@@ -2,7 +2,8 @@
 
 Owns the order of start and stop and the tasks of the background parts; signals are the command's. A
 part whose task ends unexpectedly takes the daemon down with an error: what is half alive loses events
-silently. Runs on one event loop.
+silently. Queries are answered as soon as the store is open; background work begins after that. Runs on
+one event loop.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Daemon:
         self._tasks: list[asyncio.Task[None]] = []
         self._failed: asyncio.Future[None]
         self._stop_by = 0.0  # loop time at which draining ends; 0 while the daemon runs
+        self._listening = asyncio.Event()
         self.db: Database
         self.writer: Writer
         self.ingest: Ingest
@@ -91,19 +93,18 @@ class Daemon:
     async def _start(self) -> None:
         settings = self.settings
         self._open_store()
-        await self.writer.start()
         self._stack.push_async_callback(self.writer.stop)
         self._spawn("writer", self._until_writer_closes)
         verifiers, workers = Pool(settings.verifiers), Pool(settings.backfill.processes)
         self._on_stop(verifiers.stop)
         self._on_stop(workers.stop)
-        warming = asyncio.create_task(verifiers.warm())  # its processes import while the rest is built
-        self._stack.callback(warming.cancel)
         http = await self._stack.enter_async_context(HttpClient(settings.network))
         resolver = Resolver(http, settings)
         filters = Filters.of(settings.filter).with_rows(self.db.filters())
         revisit = Revisit(self.db, self.writer, settings)
-        await revisit.adopt(filters)
+        # The writer syncs: queries do not wait for the disk. What is asked of it now comes before all else.
+        begun = asyncio.create_task(self.writer.start()), asyncio.create_task(revisit.adopt(filters))
+        self._stack.push_async_callback(_cancelled, *begun)
         self.ingest = Ingest(self.db, self.writer, verifiers, resolver, filters, settings, http=http)
         archives = await self._open_archives()
         self.backfill = Backfill(
@@ -128,7 +129,9 @@ class Daemon:
         self._spawn("backfill", self.backfill.run, self.backfill.stop)
         self._spawn("ingest", self.ingest.run, self.ingest.stop)
         await self._listen()
-        await warming
+        await asyncio.gather(*begun)
+        self._listening.set()
+        await verifiers.warm()  # not before: its processes' imports compete for the cores
 
     def _open_store(self) -> None:
         settings = self.settings
@@ -172,9 +175,11 @@ class Daemon:
     def _spawn(
         self, name: str, run: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]] | None = None
     ) -> None:
-        """Runs a part as a task. One that ends before the daemon stops is a failure, error or not."""
+        """Runs a part as a task, once queries are answered. One that ends before the daemon stops is a
+        failure, error or not."""
 
         async def watched() -> None:
+            await self._listening.wait()
             try:
                 await run()
                 if not self._stop_by:
@@ -213,9 +218,7 @@ class Daemon:
         takes longer."""
         async with asyncio.timeout(timeout) as limit:
             try:
-                while any(
-                    source["enabled"] and not source["connected"] for source in self.ingest.status()
-                ):
+                while any(source["enabled"] and not source["connected"] for source in self.ingest.status()):
                     await asyncio.sleep(0.02)
             except asyncio.CancelledError:
                 if limit.expired():
@@ -227,3 +230,10 @@ class Daemon:
         await asyncio.wait([self._failed], timeout=timeout)
         if self._failed.done():
             await self._failed
+
+
+async def _cancelled(*tasks: asyncio.Task[None]) -> None:
+    """Ends tasks that may be under way, whatever comes of them."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

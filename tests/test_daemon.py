@@ -174,7 +174,7 @@ async def test_queries_are_answered_before_the_disk_has_synced_and_before_backgr
     finally:
         release.set()
         await starting
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # what was let go has its first turn
         await daemon.__aexit__(None, None, None)
     assert began == ["ingest"]
 

@@ -168,6 +168,11 @@ class Database(Reads):
             None if raw is None else decode(keyspace, key, raw) for key, raw in zip(keys, rows, strict=True)
         ]
 
+    def multi_get_apart(self, keyspace: Keyspace[K, V], keys: Sequence[K]) -> list[V | None]:
+        """As `multi_get`, for a thread: blocking, releases the GIL while it reads."""
+        with self._blocking(f"reading {keyspace.name}"):
+            return self.multi_get(keyspace, keys)
+
     def raw_scan(
         self, name: str, start: bytes | None, stop: bytes | None, reverse: bool = False
     ) -> Iterator[tuple[bytes, bytes]]:

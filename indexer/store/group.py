@@ -173,12 +173,12 @@ class Group(Overlay):
         row = self.repo(did)
         return 0 if row is None else row.epoch
 
-    def settle(self, life: Life, cid: Cid, delta: int) -> None:
-        """A fold moves ``delta`` from the log into the rows with this group."""
-        cids = self._settled.get(life)
-        if cids is None:
-            cids = self._settled[life] = {}
-        self.add(cids, cid, delta)
+    def settle(self, life: Life, changes: dict[Cid, int]) -> None:
+        """A fold moves these changes from the log into the rows with this group."""
+        known = self._settled.setdefault(life, {})
+        if not self.add_all(known, changes):
+            for cid, delta in changes.items():
+                self.add(known, cid, delta)
 
     def settle_changes(self, changes: int) -> None:
         """So many logged changes are folded with this group."""
@@ -267,8 +267,7 @@ class Group(Overlay):
         if refs:
             state.refs.merge(refs)
         for life, settled in self._settled.items():
-            for cid, delta in settled.items():
-                state.refs.settle(life, cid, delta)
+            state.refs.settle(life, settled)
         state.refs.unfolded -= self._folded.get("changes", 0)
         for did, wipe in self._wipes.items():
             if wipe is None:

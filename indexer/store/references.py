@@ -57,10 +57,14 @@ class References:
             self.unfolded += len(cids)
         self.next_row += 1
 
-    def settle(self, life: Life, cid: Cid, delta: int) -> None:
-        """A fold has moved ``delta`` into the rows. What is left may be nothing, or its opposite: a block
+    def settle(self, life: Life, changes: Mapping[Cid, int]) -> None:
+        """A fold has moved these changes into the rows. What is left may be nothing, or its opposite: a block
         whose changes sum to zero is counted by the rows and by the rest of the log, each in part."""
-        self._add(life, cid, -delta)
+        if self.overlay.get(life) == changes:
+            del self.overlay[life]
+        else:
+            for cid, delta in changes.items():
+                self._add(life, cid, -delta)
 
     def drop(self, life: Life) -> None:
         """Forget a life that ended."""

@@ -62,6 +62,9 @@ def database_options(shared: Budget, *, create: bool) -> Any:
     options.set_manifest_preallocation_size(64 * 1024)
     options.set_bytes_per_sync(MIB)
     options.set_write_buffer_size(MIB)
+    env = rocksdict.Env()  # the process's one
+    env.lower_thread_pool_cpu_priority()  # compactions yield to answers and ingest; flushes do not
+    options.set_env(env)
     return options
 
 

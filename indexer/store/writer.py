@@ -121,9 +121,8 @@ class Writer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _write_cursors(self, rows: dict[str, Any]) -> None:
-        handle = self.db.handles[keyspaces.CURSORS.name]
-
         def build() -> Any:
+            handle = self.db.handles[keyspaces.CURSORS.name]  # in a frame that ends: it holds the LOCK
             batch = rocksdict.WriteBatch(raw_mode=True)
             for name, value in rows.items():
                 if value is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ import pytest
 from indexer.errors import StoreCorrupt, StoreError
 from indexer.store import keyspaces
 from indexer.store.codecs import INVALID, AccountStatus, Mode
+from indexer.store.database import Database
 from indexer.store.gc import collect, verdict
 from indexer.store.keyspaces import BLOCK_REFS, BLOCKS, CURSORS, EVENTS, GC_QUEUE, REFLOG
 from indexer.store.refcounts import fold
@@ -99,6 +101,31 @@ async def test_a_fold_moves_the_log_into_the_counts(tmp_path: Path) -> None:
         assert (refs.overlay, refs.unfolded, refs.position) == ({}, 0, 2)
         store.assert_clean()
         assert (await store.checkpoint.run_once()).rows == 0
+
+
+async def test_what_a_fold_reads_does_not_hold_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, told = threading.Event(), threading.Event()
+    read = Database.multi_get
+
+    def slow(self: Database, keyspace: Any, keys: Any) -> list[Any]:
+        assert threading.current_thread() is not threading.main_thread()
+        asked.set()
+        assert told.wait(20)
+        return read(self, keyspace, keys)
+
+    async with opened(tmp_path) as store:
+        await store.put(ALICE, POST, "one")
+        monkeypatch.setattr(Database, "multi_get", slow)
+        folding = asyncio.create_task(store.checkpoint.run_once())
+        await asyncio.to_thread(asked.wait, 20)
+        await store.put(ALICE, POST, "two")  # commits meanwhile
+        told.set()
+        assert (await folding).changes == 1
+        monkeypatch.undo()
+        await store.checkpoint.run_once()
+        store.assert_clean()
 
 
 @pytest.mark.parametrize("step_rows", [1, 3, 1000])
