@@ -28,3 +28,17 @@ def test_an_interpreter_without_the_packages_is_told_what_to_do() -> None:
     assert "lacks the package click" in done.stderr
     assert ".venv" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_collector_never_looks_at_what_the_modules_hold() -> None:
+    """A full collection would keep the daemon's loop for tens of milliseconds."""
+    code = """
+import gc
+from indexer.cli import cli
+passes = sum(generation["collections"] for generation in gc.get_stats())
+cli.get_command(None, "run")
+print(sum(generation["collections"] for generation in gc.get_stats()) - passes)
+print(gc.isenabled(), gc.get_freeze_count() > 10 * len(gc.get_objects()))
+"""
+    done = _run(sys.executable, "-c", code)
+    assert done.stdout.split() == ["0", "True", "True"], done.stderr
