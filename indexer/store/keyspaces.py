@@ -123,7 +123,9 @@ QUARANTINE: Final[Keyspace[int, QuarantineRow]] = Keyspace(
     "quarantine", _U64, _QUARANTINE, Tuning(16, collected=True)
 )
 #: By the SHA-256 under which the bytes lie in `cas`.
-ARCHIVES: Final[Keyspace[tuple[Did, bytes], ArchiveRow]] = Keyspace("archives", _DID_CID, _ARCHIVE)
+ARCHIVES: Final[Keyspace[tuple[Did, bytes], ArchiveRow]] = Keyspace(
+    "archives", _DID_CID, _ARCHIVE, Tuning(collected=True)
+)
 #: Files of which the archive must look whether a row still holds them.
 ARCHIVE_QUEUE: Final[Keyspace[tuple[Did, bytes], None]] = Keyspace(
     "archive_queue", _DID_CID, _EMPTY, Tuning(collected=True), _show_cid

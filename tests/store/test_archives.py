@@ -17,7 +17,7 @@ from indexer.store.archives import Archived, Archives, settle
 from indexer.store.check import check
 from indexer.store.codecs import AccountStatus, ArchiveRow
 from indexer.store.database import Database
-from indexer.store.keyspaces import ARCHIVE_QUEUE, ARCHIVES
+from indexer.store.keyspaces import ARCHIVE_QUEUE, ARCHIVES, KEYSPACES
 from tests.store.support import ALICE, BOB, Store, opened, settings_of
 
 REVS = [f"3kbbbbbbbbb{digit}b" for digit in "234567"]
@@ -400,3 +400,8 @@ async def test_a_file_that_nobody_knows_is_found(
         [problem] = check_archives(store.db, kept.blobs)
         assert f"{stray.hex()} belongs to no row" in problem
         assert list(check_archives(store.db, kept.blobs, ALICE)) == []
+
+
+@pytest.mark.parametrize("name", ["archives", "archive_queue"])
+def test_the_rows_are_compacted_where_they_were_deleted(name: str) -> None:
+    assert KEYSPACES[name].tuning.collected
