@@ -1,20 +1,24 @@
 """What a host says about its stream: `#info` and error frames.
 
 Owns their counting and logging, which are bounded whatever a host makes up: known names are counted by
-name, all others as one, text is cut, and lines about `#info` frames are rare. Event loop only.
+name, all others as one, text is cut, and lines about `#info` frames are rare; and of messages that cannot
+be taken in. Event loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 
 from indexer.atproto.frames import ErrorFrame, InfoFrame
-from indexer.errors import UpstreamError
+from indexer.atproto.types import Seq
+from indexer.errors import FrameError, UpstreamError
 from indexer.ingest.source import SHOWN
+from indexer.store.transaction import Transaction
 
 log = structlog.get_logger()
 
@@ -61,3 +65,18 @@ class Notices:
         self._outcomes[f"error/{name}"] += 1
         said = (frame.message or frame.error)[:SHOWN]
         return UpstreamError(f"the host closed the stream: {said}", name=name)
+
+    def fault(self, error: Exception) -> FrameError:
+        """Our own failure at the intake of a message, as the end of a connection."""
+        log.error("intake_failed", upstream=self._upstream, exc_info=error)
+        return FrameError(f"{type(error).__name__}: {error}", reason="intake")
+
+
+def unplaced(source: str, after: Seq, data: bytes, error: FrameError) -> Callable[[Transaction], None]:
+    """The step that keeps and counts a refused message without a seq, which came behind ``after``."""
+
+    def step(tx: Transaction) -> None:
+        tx.quarantine(source, after, error.did, error.reason, str(error), data)
+        tx.add_count(f"ingest/{source}/reject/{error.reason}", 1)
+
+    return step

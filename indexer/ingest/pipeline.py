@@ -31,7 +31,7 @@ from indexer.identity.resolver import Identity
 from indexer.ingest.account import micros_of
 from indexer.ingest.apply import Applier, Arrival, Result, label
 from indexer.ingest.machine import Act
-from indexer.ingest.notices import Notices
+from indexer.ingest.notices import Notices, unplaced
 from indexer.ingest.position import OUTDATED_CURSOR, Position
 from indexer.ingest.source import SHOWN, Upstream, lag_s
 from indexer.ingest.suspects import WORKER_DIED, verified
@@ -79,6 +79,7 @@ class Pipeline:
         self._settings = tools.settings.ingest
         self._last_seq: Seq = 0  # of this connection
         self._failed_at: tuple[Seq, int] = (-1, 0)
+        self._unread: tuple[bytes, FrameError] | None = None
         self._open = Batch()
         self._queue: deque[Batch] = deque()
         self._verifying = 0
@@ -136,9 +137,9 @@ class Pipeline:
         except IndexerError:
             raise
         except Exception as error:  # a fault of ours, which must not hold this upstream up for ever
-            log.error("intake_failed", upstream=self.upstream.name, exc_info=error)
-            message = self._malformed(data, FrameError(f"{type(error).__name__}: {error}", reason="intake"))
+            message = self._malformed(data, self._notices.fault(error))
         if message is None:
+            await self._set_aside()
             return False
         if message.seq <= self._last_seq:
             raise UpstreamError(f"seq {message.seq} after {self._last_seq}", name="seq_order")
@@ -247,7 +248,7 @@ class Pipeline:
                 raise error
             log.error("unreadable_frame_skipped", upstream=self.upstream.name, after=at, error=str(error))
         if seq is None:
-            self._outcomes[f"reject/{error.reason}"] += 1
+            self._unread = (data, error)
             return None
 
         def run(tx: Transaction, _: Verdict | None) -> Result:
@@ -255,6 +256,14 @@ class Pipeline:
             return Result(Act.REJECT, error.reason)
 
         return Message(seq, did, data, "", run, valid=False)
+
+    async def _set_aside(self) -> None:
+        """Keeps a message that has no place among the others, for nobody can tell its seq."""
+        if self._unread is not None:
+            (data, error), self._unread = self._unread, None
+            self._outcomes[f"reject/{error.reason}"] += 1
+            step = unplaced(self.upstream.name, self._last_seq, data, error)
+            await self._tools.writer.run("quarantine", step)
 
     def _refused(self, frame: ErrorFrame) -> UpstreamError:
         error = self._notices.refused(frame)

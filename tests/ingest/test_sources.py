@@ -15,7 +15,7 @@ from indexer.errors import RequestError
 from indexer.ingest.pipeline import Pipeline
 from indexer.ingest.source import Source
 from indexer.store.codecs import SourceRow
-from indexer.store.keyspaces import SOURCES
+from indexer.store.keyspaces import QUARANTINE, SOURCES
 from tests.ingest.node import Node
 from tests.ingest.test_pipeline import holds, world
 from tests.ingest.upstream import raw, scripted
@@ -265,4 +265,8 @@ async def test_a_fault_of_ours_at_the_intake_does_not_hold_an_upstream_up(
         monkeypatch.setattr(Pipeline, "_sort", fails)
         net.send(forge.parts(), other.parts(), forge.posts(1))
         await node.until(lambda: holds(node, forge))
-        assert of(node, net.network.stream_urls[0])["outcomes"]["connection/intake"] == 2
+        name = net.network.stream_urls[0]
+        assert of(node, name)["outcomes"]["connection/intake"] == 2
+        assert node.db.count(f"ingest/{name}/reject/intake") == 1
+        (row,) = (row for _, row in node.db.scan(QUARANTINE))
+        assert (row.reason, row.message) == ("intake", "ZeroDivisionError: a fault of ours")
