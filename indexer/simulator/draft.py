@@ -106,7 +106,7 @@ class Draft:
 
 def draft_of(account: Account, writes: Sequence[Write], now: int) -> tuple[Draft, list[Change]]:
     """Applies ``writes`` to the account and signs; the frame of that."""
-    since, before = account.rev, account.data
+    since, before = account.rev or None, account.data or None
     changes = account.write(writes)
     nodes = account.sign(tid(now, account.pds))
     for change in changes:

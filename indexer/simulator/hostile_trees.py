@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from indexer.simulator.account import Account
+from indexer.simulator.account import Account, ActionError
 from indexer.simulator.cbor import DAG_CBOR, RAW, Link, block_cid, encode
 from indexer.simulator.content import POST
 from indexer.simulator.draft import Draft
-from indexer.simulator.lie_base import Choose, Kind, Tell, mined, on_layers, shadow
+from indexer.simulator.lie_base import Choose, Kind, Tell, mined, on_layers, post, shadow
 from indexer.simulator.tree import Node, key_layer
 from indexer.simulator.wire import tid
 
@@ -122,8 +122,8 @@ def _doubled(entries: Entries, keys: list[bytes], at: int) -> None:
     entries.insert(at + 1, entries[at] | {"p": len(keys[at]), "k": b""})
 
 
-def _no_slash(entries: Entries, keys: list[bytes], at: int) -> None:
-    entries.insert(at + 1, entries[at] | {"p": 0, "k": b"zzz", "t": None})
+def _no_path(entries: Entries, keys: list[bytes], at: int) -> None:
+    entries.insert(at + 1, entries[at] | {"p": 0, "k": b"zzz/a b", "t": None})
 
 
 def _long_key(entries: Entries, keys: list[bytes], at: int) -> None:
@@ -264,20 +264,32 @@ def _huge(telling: Telling) -> None:
     telling.say("#commit", draft.halves(), rev=draft.rev)
 
 
-def _wrong_layer(telling: Telling) -> None:
-    """The new key stands in the root, far above its own layer."""
-    draft, twin = shadow(telling, on_layers(0)(telling))
-    key = _key(draft)
-    value = twin.records[draft.ops[0]["path"]].cid
-    twin.tree.remove(key)
-    twin.tree.set(key, value, max(1, twin.tree.layer))
-    _rehash(draft, twin, twin.tree.path(key))
-    telling.say("#commit", draft.halves(), rev=draft.rev)
+def _wrong_layer(collection: str, above: int = 0) -> Tell:
+    """The new key, of layer 0, stands higher: in the root, or on layer ``above``."""
+
+    def tell(telling: Telling) -> None:
+        rkey = mined(telling, 0, collection)
+        write = post(telling, rkey)._replace(path=f"{collection}/{rkey}")
+        draft, twin = shadow(telling, [write])
+        _need_layers(telling, twin, above + 1)
+        key = _key(draft)
+        twin.tree.remove(key)
+        twin.tree.set(key, twin.records[write.path].cid, above or twin.tree.layer)
+        _rehash(draft, twin, twin.tree.path(key))
+        telling.say("#commit", draft.halves(), rev=draft.rev)
+
+    return tell
+
+
+def _need_layers(telling: Telling, twin: Account, layer: int) -> None:
+    if twin.tree.layer < layer:
+        raise ActionError(f"{telling.kind.name} needs a tree with a layer {layer}")
 
 
 def _wrong_neighbour(telling: Telling) -> None:
     """Beside the new key stands another one that belongs on another layer; no operation tells of it."""
     draft, twin = shadow(telling, on_layers(1)(telling))
+    _need_layers(telling, twin, 2)
     way = twin.tree.path(_key(draft))
     node, at = way[-1], way[-1].keys.index(_key(draft))
     rng = Random(telling.rng.getrandbits(32))
@@ -298,7 +310,7 @@ def kinds() -> Iterator[Kind]:
         ("prefix_short", "p is not the longest shared prefix", _node(_shorter_prefix)),
         ("unordered", "keys in the wrong order", _node(_unordered)),
         ("doubled", "a key twice", _node(_doubled)),
-        ("key_form", "a key that is no path", _node(_no_slash)),
+        ("key_form", "a key that is no path", _node(_no_path)),
         ("key_long", "a key of more than 830 bytes", _node(_long_key)),
         ("extra_field", "an entry with a field too many", _node(_extra_field)),
         ("key_type", "a key as text", _node(_text_key)),
@@ -319,9 +331,13 @@ def kinds() -> Iterator[Kind]:
     )
     for name, about, tell in forms:
         yield Kind(f"tree_{name}", row, f"the tree: {about}", _TREE, tell)
-    yield Kind("tree_skipped", row, "the tree: a child two layers below its parent", _TREE,
-               _shape(_between(0, 2), _skipped_layer, 1))  # fmt: skip
+    yield Kind("tree_root_layer", row, "the tree: the root's first key belongs on another layer", _TREE,
+               _wrong_layer("aaa.example.first"))  # fmt: skip
+    yield Kind("tree_root_key", row, "the tree: a key in the root belongs on another layer", _TREE,
+               _wrong_layer("zzz.example.last"))  # fmt: skip
     yield Kind("tree_layer", "15", "the tree: the new key on a layer that is not its own", ("reject/ops",),
-               _wrong_layer)  # fmt: skip
+               _wrong_layer("zzz.example.last", 1))  # fmt: skip
+    yield Kind("tree_skipped", "15", "the tree: a child two layers below its parent", ("reject/ops",),
+               _shape(_between(0, 2), _skipped_layer, 1))  # fmt: skip
     yield Kind("tree_neighbour", "17", "the tree: an untold key of another layer beside the new one",
                ("reject/inversion",), _wrong_neighbour)  # fmt: skip

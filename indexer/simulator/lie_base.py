@@ -97,11 +97,11 @@ def on_layers(*layers: int) -> Choose:
     return choose
 
 
-def mined(telling: Telling, layer: int) -> str:
-    """A record key of a post on that layer, above those before."""
+def mined(telling: Telling, layer: int, collection: str = POST) -> str:
+    """A record key that puts a record on that layer, above those before."""
     while True:
         rkey = tid(telling.world.clock(), telling.rng.getrandbits(10))
-        if key_layer(f"{POST}/{rkey}".encode()) == layer:
+        if key_layer(f"{collection}/{rkey}".encode()) == layer:
             return rkey
 
 

@@ -29,7 +29,6 @@ from indexer.simulator.lie_base import (
 )
 from indexer.simulator.lie_fields import fields
 from indexer.simulator.wire import tid
-from indexer.simulator.world import Happening
 
 if TYPE_CHECKING:
     from indexer.simulator.lies import Telling
@@ -107,12 +106,10 @@ def _swapped(telling: Telling) -> None:
 def _branch(telling: Telling) -> None:
     """A commit upon a state that another commit has left behind; the truth goes on after it."""
     twin = telling.account.copy()
-    row, truth = _true(telling)
-    telling.network.publish(Happening(row, [truth]))
+    telling.true_commit()
     draft, _ = draft_of(twin, one_create(telling), telling.world.clock())
     telling.say("#commit", draft.halves(), rev=draft.rev)
-    row, truth = _true(telling)
-    telling.network.publish(Happening(row, [truth]))
+    telling.true_commit()
 
 
 def _since(draft: Draft, rng: Random) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from indexer.simulator.lies import Telling
 
 #: How long a socket stays silent; longer than a test waits, shorter than anybody's patience.
-SILENT_S = 5.0
+SILENT_S = 2.5
 _HUGE = 5_000_001
 
 
@@ -67,8 +67,9 @@ def _seqless(**seq: object) -> Tell:
 
 
 def _stuck(telling: Telling) -> None:
-    """Not a frame at all, and it stays in the replay."""
+    """Not a frame at all, and it stays in the replay; the truth goes on behind it."""
     telling.say("noise", FrameHalves(b"\xa2\x62op\x01\x61t\xff", b""))
+    telling.true_commit()
 
 
 def _overlap(telling: Telling) -> None:
@@ -143,4 +144,4 @@ def kinds() -> Iterator[Kind]:
                ("error/FutureCursor", "connection/FutureCursor"), _reset(mute=False), "nobody",
                chance=False)  # fmt: skip
     yield Kind("reset_silent", "§1", "numbering begins anew, and nobody says so", ("note/stream_reset",),
-               _reset(mute=True), "nobody", False)  # fmt: skip
+               _reset(mute=True), "nobody", chance=False)  # fmt: skip

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from indexer.simulator.account import ACTIVE, DELETED, Account, ActionError
 from indexer.simulator.draft import Outgoing
 from indexer.simulator.framelog import Turn
+from indexer.simulator.lie_base import one_create
 from indexer.simulator.lie_kinds import KINDS, Kind
 from indexer.simulator.wire import FrameHalves
 from indexer.simulator.world import Happening
@@ -220,6 +221,11 @@ class Telling:
     def withheld(self, row: dict[str, Any], truth: Outgoing) -> None:
         """A truth that the lie's lanes never tell; their numbers go on."""
         self.network.publish(Happening(row, [truth._replace(lanes=self.honest, withheld=self.lanes)]))
+
+    def true_commit(self) -> None:
+        """The account writes something, and every lane tells it."""
+        writes = one_create(self)
+        self.network.publish(self.world.commit(self.account.did, writes))
 
     def betrayed(self, row: dict[str, Any], frames: list[Outgoing], at: int, rev: str) -> None:
         """True frames, of which number ``at`` shows what was done before."""
