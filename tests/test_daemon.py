@@ -19,7 +19,8 @@ from indexer.config import Settings, load
 from indexer.daemon import Daemon
 from indexer.errors import StoreCorrupt, WriterPoisoned
 from indexer.ingest import Ingest
-from indexer.store.codecs import Mode
+from indexer.setting_groups import FilterSettings
+from indexer.store.codecs import NEW_REPO, Mode, SyncState
 from indexer.store.database import Database
 from tests.paths import ROOT
 
@@ -133,6 +134,17 @@ async def test_a_failed_commit_takes_the_daemon_down(tmp_path: Path, monkeypatch
             await daemon.wait_failed(20)
         async with aiohttp.ClientSession() as http, http.get(f"{daemon.management_url}/readyz") as answer:
             assert answer.status == 503
+
+
+async def test_settings_that_keep_more_collections_queue_what_is_held(tmp_path: Path) -> None:
+    did, kept = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", {"collections": ["app.bsky.feed.post"]}
+    row = NEW_REPO._replace(tracked=True, state=SyncState.SYNCED, rev="3aaaaaaaaaa22")
+    async with Daemon(_settings(tmp_path).model_copy(update={"filter": FilterSettings(**kept)})) as first:
+        await first.writer.run("row", lambda tx: tx.set_repo(did, row))
+    async with Daemon(_settings(tmp_path)) as second:
+        while (held := second.db.repo(did)) is None or held.state is SyncState.SYNCED:
+            await asyncio.sleep(0.01)
+        assert held.due
 
 
 async def test_queries_are_answered_before_the_disk_has_synced_and_before_background_work(

@@ -135,6 +135,7 @@ class Revisit(Worker):
         self._woken = asyncio.Event()
         self._woken.set()
         self._held = asyncio.Lock()
+        self._stepped = asyncio.Event()  # another one after every step
         self._last = NOTHING_TO_DO
 
     @property
@@ -159,6 +160,7 @@ class Revisit(Worker):
                 self.plan(tx, old, filters)
 
         await self._writer.run("filter_adopt", compare)
+        self._woken.set()
 
     def plan(self, tx: Transaction, old: Filters, new: Filters, *, purge: bool = False) -> bool:
         """`plan`, but for ephemeral mode: there is nothing held that a filter could affect."""
@@ -180,12 +182,12 @@ class Revisit(Worker):
         """How far the round is, at its end or after so many seconds."""
         try:
             async with asyncio.timeout(wait_s):
-                while (found := self._stored()) is not None:
-                    await asyncio.sleep(0.01)
+                while self._stored() is not None:
+                    await self._stepped.wait()
         except TimeoutError:
-            assert found is not None
-            return Progress(False, found.queued, found.purged)
-        return self._last
+            pass
+        now = self._stored()
+        return self._last if now is None else Progress(False, now.queued, now.purged)
 
     def _stored(self) -> Plan | None:
         row = self._db.get(CURSORS, PLAN)
@@ -220,6 +222,8 @@ class Revisit(Worker):
             dids = [did for did, _ in self._db.repos(after=now.did, limit=limit)]
             work = partial(self._round, now=now, dids=dids, limit=limit)
             looked = await self._pace.step(self._writer, "filter_revisit", work, started)
+            self._stepped.set()
+            self._stepped = asyncio.Event()
         if self._last.done:
             log.info("filter_revisited", queued=self._last.queued, purged=self._last.purged)
         await self._pace.rest(self._pace.took, looked)
