@@ -395,7 +395,7 @@ async def test_database_requests(tmp_path: Path) -> None:
         async with node.http.get(f"{server.url}/db/stats") as response:
             stats = await response.json()
         assert stats["workers"]["checkpoint"]["passes"] == 1
-        assert stats["keyspaces"]["records"]["rows"] == 20
+        assert stats["counts"]["records"] == 20
         async with node.http.post(f"{server.url}/db/compact") as response:
             assert (await response.json())["after"]["sst_bytes"] > 0
         await server.stop()
