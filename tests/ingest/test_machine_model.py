@@ -301,7 +301,7 @@ def explore(examples: int, steps: int) -> None:
 
 
 def test_whatever_comes_the_machine_does_what_the_twin_does() -> None:
-    explore(100, 25)
+    explore(50, 25)
 
 
 @pytest.mark.slow
