@@ -46,6 +46,14 @@ except ImportError:  # not on this platform
     help="Records of each of those.",
 )
 @click.option("--pds", type=click.IntRange(1, 64), default=2, show_default=True, help="Number of PDSes.")
+@click.option("--relays", type=click.IntRange(1, 16), default=1, show_default=True, help="Number of relays.")
+@click.option(
+    "--lies",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Chance that a relay's next message is a lie; see docs/simulator.md.",
+)
 @click.option("--rate", type=click.FloatRange(0), default=50.0, show_default=True, help="Commits a second.")
 @click.option("--commits", type=click.IntRange(0), default=None, help="Stop generating after this many.")
 @click.option(
@@ -76,6 +84,8 @@ def simulate(
     history_accounts: int,
     history_records: int,
     pds: int,
+    relays: int,
+    lies: float,
     rate: float,
     commits: int | None,
     state: Path | None,
@@ -92,6 +102,8 @@ def simulate(
         history_accounts=history_accounts,
         history_records=history_records,
         pds=pds,
+        relays=relays,
+        lie_rate=lies,
         rate=rate,
         commits=commits,
         state=state,
@@ -123,6 +135,7 @@ def _tell(network: SimulatedNetwork, as_json: bool) -> None:
     addresses = {
         "plc": network.plc_url,
         "relay": network.relay_url,
+        "relays": network.relay_urls,
         "pds": network.pds_urls,
         "control": network.control_url,
         "dns": network.dns_address,

@@ -50,6 +50,8 @@ def control_app(network: SimulatedNetwork) -> web.Application:
         return reply(network.faults.command(await _body(request)))
 
     async def lies(request: web.Request) -> web.StreamResponse:
+        if request.method == "POST":
+            _plan_lies(network, await _body(request))
         return reply(network.lies.ledger())
 
     async def pause(request: web.Request) -> web.StreamResponse:
@@ -87,6 +89,7 @@ def control_app(network: SimulatedNetwork) -> web.Application:
     app.router.add_post("/rate", rate)
     app.router.add_post("/act", act)
     app.router.add_get("/lies", lies)
+    app.router.add_post("/lies", lies)
     return app
 
 
@@ -145,6 +148,23 @@ def _steps(network: SimulatedNetwork, body: dict[str, Any]) -> dict[str, Any]:
     for _ in range(count):
         network.step()
     return {"seq": network.relay.seq, "commits": network.commits}
+
+
+def _plan_lies(network: SimulatedNetwork, body: dict[str, Any]) -> None:
+    """``rate``, ``kinds`` (kind → weight) and ``lanes`` of the lies that are told by chance."""
+    rate: Any = body.get("rate")
+    kinds, lanes = body.get("kinds", {}), body.get("lanes", [])
+    if not _is_number(rate):
+        raise ActionError("rate must be a number from 0 to 1")
+    if not (isinstance(kinds, dict) and all(map(_is_number, kinds.values()))):
+        raise ActionError("kinds must map kinds to numbers")
+    if not (isinstance(lanes, list) and all(isinstance(lane, str) for lane in lanes)):
+        raise ActionError("lanes must be a list of names")
+    network.lies.plan(rate, kinds, lanes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _lanes(body: dict[str, Any]) -> list[str] | None:

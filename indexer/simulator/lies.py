@@ -41,6 +41,9 @@ class Lies:
         self.entries: list[dict[str, Any]] = []
         self.told: Counter[str] = Counter()
         self._draws = 0
+        self._rate = 0.0
+        self._weights: dict[str, float] = {}
+        self._where: tuple[str, ...] = ()
 
     # -- telling
 
@@ -60,17 +63,34 @@ class Lies:
             raise ActionError(f"{name} was told {len(self.entries) - before} times")
         return self.entries[-1]
 
-    def by_chance(self, rate: float, weights: Mapping[str, float]) -> bool:
-        """With this chance a lie of some kind; false when there was none."""
+    def plan(self, rate: float, weights: Mapping[str, float], lanes: Iterable[str]) -> None:
+        """From now on each step is a lie with this chance: of which kinds, and on which lanes.
+
+        Without kinds all that are told by chance, alike; without lanes any relay's.
+        """
+        wrong = weights.keys() - KINDS.keys()
+        if wrong or any(not 0 <= weight < 1e9 for weight in weights.values()):
+            raise ActionError(f"kinds must be known and their weights from 0; not {', '.join(sorted(wrong))}")
+        lanes = tuple(lanes)
+        if set(lanes) - self._network.lanes.keys():
+            raise ActionError(f"lanes must be some of {', '.join(self._network.lanes)}")
+        if not 0 <= rate <= 1:
+            raise ActionError("rate must be a number from 0 to 1")
+        self._rate, self._where = rate, lanes
+        usual = {name: 1.0 for name, kind in KINDS.items() if kind.chance}
+        self._weights = {name: weight for name, weight in (weights or usual).items() if weight > 0}
+
+    def by_chance(self) -> bool:
+        """Perhaps a lie; false when there was none."""
+        if not self._rate or not self._weights:
+            return False
         world = self._network.world
         self._draws += 1
         rng = Random(f"{world.seed}/chance/{world.steps}/{len(self.entries)}/{self._draws}")
-        if rng.random() >= rate:
+        if rng.random() >= self._rate:
             return False
-        usual = {name: 1.0 for name, kind in KINDS.items() if kind.chance}
-        pool = {name: weight for name, weight in (weights or usual).items() if weight > 0}
-        for _ in range(_TRIES if pool else 0):
-            name = rng.choices(list(pool), list(pool.values()))[0]
+        for _ in range(_TRIES):
+            name = rng.choices(list(self._weights), list(self._weights.values()))[0]
             try:
                 self.tell(name)
             except ActionError:
@@ -89,7 +109,8 @@ class Lies:
             }
             for name, kind in KINDS.items()
         }  # fmt: skip
-        return {"told": sum(self.told.values()), "unless_synced": UNLESS_SYNCED, "kinds": kinds,
+        plan = {"rate": self._rate, "kinds": self._weights, "lanes": self._where}
+        return {"told": sum(self.told.values()), "plan": plan, "unless_synced": UNLESS_SYNCED, "kinds": kinds,
                 "lies": self.entries}  # fmt: skip
 
     def enter(self, row: dict[str, Any]) -> None:
@@ -143,15 +164,16 @@ class Lies:
 
     def _lanes(self, kind: Kind, rng: Random, account: Account | None) -> frozenset[str]:
         """One lane on which the kind may be told."""
-        relays = [lane.name for lane in self._network.relays]
-        hosts = [lane.name for lane in self._network.pds_lanes]
         home = "" if account is None else f"pds{account.pds}"
         if kind.needs == "foreign":
-            hosts = [name for name in hosts if name != home]
-            if not hosts:
-                raise ActionError(f"{kind.name} needs a second PDS")
-            return frozenset({rng.choice(hosts)})
-        return frozenset({rng.choice(relays)})
+            known = self._where or tuple(self._network.lanes)
+            open_to = [name for name in known if name.startswith("pds") and name != home]
+        else:
+            known = self._where or tuple(lane.name for lane in self._network.relays)
+            open_to = [name for name in known if name.startswith("relay") or name == home]
+        if not open_to:
+            raise ActionError(f"{kind.name} can be told on none of {', '.join(known)}")
+        return frozenset({rng.choice(open_to)})
 
     def _named(self, lanes: Iterable[str]) -> frozenset[str]:
         chosen = frozenset(lanes)

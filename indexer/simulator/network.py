@@ -54,6 +54,7 @@ class SimConfig:
     faults: tuple[Fault, ...] = ()  # that hold from the start; more by `SimulatedNetwork.faults`
     lie_rate: float = 0.0  # chance that a step is a lie
     lies: Mapping[str, float] = field(default_factory=dict)  # kind → weight; empty: all kinds alike
+    lie_lanes: tuple[str, ...] = ()  # where lies are told by chance; empty: by the relays
 
 
 class SimulatedNetwork:
@@ -79,6 +80,11 @@ class SimulatedNetwork:
             self._journal.close()
             raise
         self._chooser = Chooser(self.world, config.rates)
+        try:
+            self.lies.plan(config.lie_rate, config.lies, config.lie_lanes)
+        except BaseException:
+            self._journal.close()
+            raise
         self._running = asyncio.Event()
         self._parked = asyncio.Event()
         self._generator: asyncio.Task[None] | None = None
@@ -214,7 +220,7 @@ class SimulatedNetwork:
 
     def step(self) -> int:
         """One happening by the generator's choice, or a lie."""
-        if self.config.lie_rate and self.lies.by_chance(self.config.lie_rate, self.config.lies):
+        if self.lies.by_chance():
             return self.relay.seq
         return self.publish(self._chooser.step())
 

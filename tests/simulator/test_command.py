@@ -41,7 +41,7 @@ def test_prints_its_addresses_and_ends_with_its_parent() -> None:
     process, addresses = start(
         "--accounts", "2", "--history-accounts", "0", "--pds", "3", "--rate", "0", "--exit-with-parent"
     )
-    assert set(addresses) == {"plc", "relay", "pds", "control", "dns"}
+    assert set(addresses) == {"plc", "relay", "relays", "pds", "control", "dns"}
     assert len(addresses["pds"]) == 3
     assert addresses["relay"].startswith("ws://127.0.0.1:")
     assert read(addresses["control"] + "/state")["accounts"] == 2
