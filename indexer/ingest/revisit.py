@@ -262,7 +262,8 @@ def _handled(tx: Transaction, did: Did, filters: Filters, now: Plan, limit: int)
     if not now.task & Task.PURGE:
         return now._replace(did=did, path=""), 0
     if excluded:
-        return now._replace(did=did, path="", purged=now.purged + _wiped(tx, did)), 0
+        wiped = _wiped(tx, did)
+        return now._replace(did=did, path="", purged=now.purged + wiped), wiped
     return _purged(tx, did, filters, now, limit)
 
 

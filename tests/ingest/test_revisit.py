@@ -234,6 +234,16 @@ async def test_a_step_of_a_purge_is_bounded(tmp_path: Path) -> None:
         assert left[-1] == 0
 
 
+async def test_a_step_ends_after_the_wipe_that_fills_it(tmp_path: Path) -> None:
+    without = Filters(excludes=frozenset(DIDS))
+    async with store(tmp_path, step=5) as made:
+        await made.fill(DIDS, [f"{POST}/{number}" for number in range(4)])
+        await made.change(ALL, without, purge=True)
+        assert await made.revisit._step()
+        assert [len(made.paths(did)) for did in DIDS] == [0] + [4] * 6
+        assert await made.revisit.run_once() == Progress(True, 0, 28)
+
+
 async def test_excluded_accounts_are_purged_on_request_and_queued_when_they_are_included_again(
     tmp_path: Path,
 ) -> None:
