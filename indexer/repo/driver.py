@@ -136,13 +136,14 @@ class DriverBuilder:
 
 async def _load(plan: Plan, reader: CarReader, streaming: bool) -> Driver.Memory | Driver.Disk:
     await reader.fill(_HEAD)
+    most = min(plan.most // 2, _WHOLE)
     if not reader.ended:
         root, start = _header(reader, plan)
         early = find_commit(reader.data, start, root)
         if early is not None:
             checked_commit(root, early.block, plan.did, plan.key)
-        await reader.fill(min(plan.most // 2, _WHOLE))
-    if reader.ended:
+        await reader.fill(most + 1)
+    if reader.ended and reader.left <= most:
         return _whole(plan, reader)
     return await _large(plan, reader, streaming)
 

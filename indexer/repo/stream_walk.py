@@ -8,6 +8,7 @@ on in the tree; what memory does not hold needs a disk, and `OrderLost` hands ov
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from indexer.atproto.cid import CID_LENGTH
@@ -23,6 +24,7 @@ from indexer.repo.walks import RecordWalk, Span, StoreWalk
 
 
 class _Window(NamedTuple):
+    number: int
     data: bytes
     starts: list[int]
     ends: list[int]
@@ -31,42 +33,56 @@ class _Window(NamedTuple):
     def size(self) -> int:
         return len(self.data) + BLOCK_OVERHEAD * len(self.starts)
 
+    def blocks(self) -> Iterator[tuple[Cid, tuple[int, bytes]]]:
+        """CID → (number of the window, block)."""
+        data, number = self.data, self.number
+        for start, end in zip(self.starts, self.ends, strict=True):
+            yield data[start - CID_LENGTH : start], (number, data[start:end])
+
 
 class Passed:
-    """Records that passed lately, by their CIDs; the index is made when it is first asked for."""
+    """Records that passed lately, by their CIDs. The index is made when it is first asked for."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._windows: deque[_Window] = deque()
         self._size = 0
-        self._index: dict[Cid, bytes] | None = None
+        self._number = 0
+        self._index: dict[Cid, tuple[int, bytes]] | None = None
 
     def add(self, data: bytes, starts: list[int], ends: list[int]) -> None:
-        window = _Window(data, starts, ends)
+        """Records of which each lies behind its CID in ``data``; the oldest are forgotten for them."""
+        self._number += 1
+        window = _Window(self._number, data, starts, ends)
         self._windows.append(window)
         self._size += window.size
-        while self._size > self._most and self._windows:
-            self._size -= self._windows.popleft().size
-            self._index = None
         if self._index is not None:
-            self._index.update(_blocks(window))
+            self._index.update(window.blocks())
+        while self._size > self._most and self._windows:
+            self._forget(self._windows.popleft())
 
-    def get(self, cid: Cid) -> bytes | None:
+    def recall(self, cid: Cid) -> bytes | None:
+        """The record ``cid``, which counts as the latest then; None when it is not remembered."""
         if self._index is None:
-            self._index = {cid: block for window in self._windows for cid, block in _blocks(window)}
-        return self._index.get(cid)
+            self._index = {}
+            for window in self._windows:
+                self._index.update(window.blocks())
+        found = self._index.get(cid)
+        if found is None:
+            return None
+        self.add(cid + found[1], [CID_LENGTH], [CID_LENGTH + len(found[1])])
+        return found[1]
 
     def clear(self) -> None:
         self._windows.clear()
         self._size, self._index = 0, None
 
-
-def _blocks(window: _Window) -> list[tuple[Cid, bytes]]:
-    data = window.data
-    return [
-        (data[start - CID_LENGTH : start], data[start:end])
-        for start, end in zip(window.starts, window.ends, strict=True)
-    ]
+    def _forget(self, window: _Window) -> None:
+        self._size -= window.size
+        if self._index is not None:
+            for cid, (number, _block) in window.blocks():
+                if self._index.get(cid, (0, b""))[0] == number:
+                    del self._index[cid]
 
 
 class StreamWalk(RecordWalk):
@@ -93,19 +109,24 @@ class StreamWalk(RecordWalk):
 
     async def _chunk(self, size: int) -> list[Output]:
         ready = self._ready
-        while len(ready) < size and not (self._finished or self._lost or self._rest):
+        while len(ready) < size and not (
+            self._finished or self._lost or self._rest or self._span.ends(ready)
+        ):
             await self._more()
-        if self._rest is not None and len(ready) < size:
+        ready = self._ready
+        if self._rest is not None and len(ready) < size and not self._span.ends(ready):
             ready += await self._rest._chunk(size - len(ready))
         if self._lost is not None and not ready:
             raise self._lost
-        out = ready[:size]
-        del ready[:size]
+        count = self._span.leading(ready, size)
+        out = ready[:count]
+        del ready[:count]
+        self._span = self._span.behind(out)
         return out
 
     async def _seek(self, start: Path, stop: Path | None) -> None:
         self._span = self._span.forward(start, stop)
-        self._ready = list(filter(self._span.has, self._ready))
+        self._ready = list(filter(self._span.begins, self._ready))
         if self._rest is not None:
             await self._rest._seek(start, stop)
 
@@ -159,18 +180,18 @@ class StreamWalk(RecordWalk):
             Output(path, data[start - CID_LENGTH : start], *outcome(data[start:end]))
             for path, start, end in zip(taken.paths, starts, ends, strict=True)
         ]
-        self._ready += found if self._span == Span() else filter(self._span.has, found)
+        self._ready += filter(self._span.begins, found) if found[0].path < self._span.start else found
 
     def _recall(self) -> bool:
         """Gives out a record that is named and passed before; false when there is none."""
         pending = self._order.pending()
-        block = self._passed.get(pending[0][1]) if pending else None
+        block = self._passed.recall(pending[0][1]) if pending else None
         if block is None:
             return False
         path, cid = pending[0]
         self._order.supply()
         output = Output(path, cid, *self._plan.keeping.outcome(block))
-        self._ready += filter(self._span.has, [output])
+        self._ready += filter(self._span.begins, [output])
         return True
 
     async def _leave_order(self) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
 from indexer.atproto.cid import format_cid
@@ -143,21 +145,33 @@ class RecordWalk(ABC):
 
 
 class Span(NamedTuple):
-    """The paths that a walk which only goes forward gives out."""
+    """The paths that a walk which only goes forward gives out next: from ``start`` to before ``stop``."""
 
     start: Path = ""
     stop: Path | None = None
 
-    def has(self, record: Entry | Output) -> bool:
-        """Whether a record lies within."""
-        return record[0] >= self.start and (self.stop is None or record[0] < self.stop)
+    def begins(self, record: Entry | Output) -> bool:
+        """Whether a record does not lie before the span."""
+        return record[0] >= self.start
+
+    def ends(self, records: Sequence[Entry | Output]) -> bool:
+        """Whether the last of the records lies behind the span."""
+        return bool(records) and self.stop is not None and records[-1][0] >= self.stop
+
+    def leading(self, records: Sequence[Entry | Output], most: int) -> int:
+        """How many of the first records lie before the span's end."""
+        if self.stop is None:
+            return min(len(records), most)
+        return min(bisect_left(records, self.stop, key=itemgetter(0)), most)
+
+    def behind(self, records: Sequence[Entry | Output]) -> Span:
+        """What is left of the span when these were given out."""
+        return Span(records[-1][0] + "\0", self.stop) if records else self
 
     def forward(self, start: Path, stop: Path | None) -> Span:
         """The next span; `DriveError` when records that it would hold may have passed."""
         if start < self.start:
-            raise DriveError(
-                f"the walk is behind {start!r} and reads a stream: it cannot go back", kind="walk"
-            )
+            raise DriveError(f"a walk that reads a stream cannot go back to {start!r}", kind="walk")
         return Span(start, stop)
 
 
@@ -200,7 +214,7 @@ class StoreWalk(RecordWalk):
         self._limits = limits
         self._walk = walk or TreeWalk(commit.data, limits=limits)
         self._span = span or Span()
-        self._due = list(filter(self._span.has, due))
+        self._due = list(filter(self._span.begins, due))
         self._resumed = walk is not None
         self._ahead: dict[Cid, bytes | None] = {}
         self._hint = hint
@@ -212,10 +226,11 @@ class StoreWalk(RecordWalk):
 
     def _step(self, size: int) -> list[Output]:
         due = self._due
-        while len(due) < size and self._walk.want is not None:
-            found = self._walk.take(self._node(self._walk.want))
-            due += filter(self._span.has, found) if self._resumed else found
-        entries, self._due = due[:size], due[size:]
+        while len(due) < size and self._walk.want is not None and not self._span.ends(due):
+            due += filter(self._span.begins, self._walk.take(self._node(self._walk.want)))
+        count = self._span.leading(due, size)
+        entries, self._due = due[:count], due[count:]
+        self._span = self._span.behind(entries)
         kept = self._store.get_many([cid for _path, cid in entries])
         record = self._keeping.record
         out = []
@@ -237,10 +252,10 @@ class StoreWalk(RecordWalk):
     async def _seek(self, start: Path, stop: Path | None) -> None:
         if self._resumed:
             self._span = self._span.forward(start, stop)
-            self._due = list(filter(self._span.has, self._due))
+            self._due = list(filter(self._span.begins, self._due))
             return
         self._walk = TreeWalk(self.commit.data, start=start, stop=stop, limits=self._limits)
-        self._due, self._ahead = [], {}
+        self._span, self._due, self._ahead = Span(), [], {}
 
     async def _release(self) -> None:
         if self._store.blocking:
