@@ -218,6 +218,10 @@ class AuditSettings(Section):
         le=100,
         description="listRepos pages read a second when revs are compared after a possible loss",
     )
+    rev_delay: Duration = Field(
+        60.0,
+        description="time between a possible loss and the comparison of revs, for what is still on its way",
+    )
     rev_max_pages: int = Field(100_000, ge=1, description="listRepos pages after which a comparison gives up")
 
 

@@ -123,7 +123,11 @@ def _line(item: Mapping[str, Any]) -> str:
         state = "connected"
     else:
         state = "no firehose" if item["no_firehose"] else "waiting" if item["running"] else "stopped"
-    notes = [f"cursor {item['cursor']}", f"lag {item['lag_s']:.1f} s", f"{item['frames']} frames"]
+    notes = [
+        f"cursor {'-' if item['cursor'] is None else item['cursor']}",
+        f"lag {item['lag_s']:.1f} s",
+        f"{item['frames']} frames",
+    ]
     if item["renumbered"]:
         notes.append("its numbering is new: see `indexer source cursor … accept`")
     if item["error"]:

@@ -161,7 +161,7 @@ class Pipeline:
             "url": self.upstream.url,
             "is_pds": self.upstream.is_pds,
             "connected": self._connected,
-            "cursor": self.position.stored,
+            "cursor": self.position.durable,
             "seq": self._last_seq or self.position.stored,
             "renumbered": self.position.renumbered,
             "lag_s": round(lag_s(micros_of(self._last_time) if self._last_time else 0), 3),

@@ -73,6 +73,11 @@ class Position:
             self.renumbered = False
 
     @property
+    def durable(self) -> Seq | None:
+        """The stored cursor as of now."""
+        return self._tools.db.cursor(self.cursor_name)
+
+    @property
     def resume_at(self) -> Seq | None:
         """The cursor to ask for, in the upstream's numbering of today; None for the live tail."""
         if self.renumbered:

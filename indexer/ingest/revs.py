@@ -119,6 +119,7 @@ class RevComparison:
         self._applier = applier
         self._urls = urls
         self._pace_s = 1.0 / tools.settings.audit.rev_pages_per_s
+        self._delay_s = tools.settings.audit.rev_delay
         self._max_pages = tools.settings.audit.rev_max_pages
         self._not_before: dict[str, float] = {}  # loop time
         self._failures: Counter[str] = Counter()
@@ -142,7 +143,7 @@ class RevComparison:
             self._woken.clear()
             wait = _IDLE_S
             for name in self._pending():
-                left = self._not_before.get(name, 0.0) - asyncio.get_running_loop().time()
+                left = self._wait_s(name)
                 if left <= 0:
                     left = await self._turn(name)
                 wait = min(wait, left)
@@ -151,6 +152,14 @@ class RevComparison:
                     await self._woken.wait()
             except TimeoutError:
                 pass
+
+    def _wait_s(self, name: str) -> float:
+        """Seconds until the upstream may be asked; first it is to send what it retains."""
+        left = self._not_before.get(name, 0.0) - asyncio.get_running_loop().time()
+        task = _task(self._tools.db.get(CURSORS, ROWS + name))
+        if task is None or task.listed:
+            return left
+        return max(left, task.started_us / 1e6 + self._delay_s - self._tools.clock())
 
     def _pending(self) -> list[str]:
         prefix = ROWS.encode()

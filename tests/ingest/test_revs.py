@@ -16,7 +16,7 @@ from tests.ingest.node import Node
 from tests.ingest.test_pipeline import holds, world
 from tests.ingest.upstream import scripted
 
-FAST = {"rev_pages_per_s": 100}
+FAST = {"rev_pages_per_s": 100, "rev_delay": 0}
 AHEAD = tid(time.time_ns() // 1000)
 
 
@@ -76,6 +76,18 @@ async def test_a_repository_that_is_behind_is_found_and_fetched(tmp_path: Path) 
         assert outcomes(node) == {"scheduled": 1, "behind": 1, "done": 1}
         assert node.backfill.status()["done"] == done + 1
         assert pending(node, name) is None
+
+
+async def test_what_is_on_its_way_is_awaited_first(tmp_path: Path) -> None:
+    async with (
+        scripted() as upstream,
+        world() as net,
+        net.node(tmp_path, upstreams=[upstream.url], audit={**FAST, "rev_delay": 0.3}) as node,
+    ):
+        began = time.time()
+        await node.ingest.sources.compare_revs(upstream.url)
+        await node.until(lambda: pending(node, upstream.url) is None)
+        assert time.time() - began >= 0.3
 
 
 async def test_a_pass_goes_on_after_a_restart_page_by_page(tmp_path: Path) -> None:
