@@ -131,9 +131,11 @@ def _change(rng: Random, world: World, account: Account) -> Write | None:
     path = account.some_path(rng)
     if path is None:
         return None
-    if path.partition("/")[0] not in content.EDITABLE or rng.random() < 0.3:
+    collection, value = path.partition("/")[0], account.records[path].value
+    plain = value.get("$type") == collection and path not in account.flaws  # what a lie wrote is not edited
+    if collection not in content.EDITABLE or not plain or rng.random() < 0.3:
         return Write("delete", path, None)
-    return Write("update", path, content.edited(rng, account.records[path].value, world.clock()))
+    return Write("update", path, content.edited(rng, value, world.clock()))
 
 
 def _create(rng: Random, world: World, account: Account) -> Write:

@@ -55,8 +55,9 @@ class Lies:
         if kind is None:
             raise ActionError(f"kind must be one of {', '.join(sorted(KINDS))}")
         rng = Random(f"{self._network.world.seed}/lie/{len(self.entries)}")
-        account = self._account(kind, rng, did, None if lanes is None else frozenset(lanes))
-        chosen = self._lanes(kind, rng, account) if lanes is None else self._named(lanes)
+        named = None if lanes is None else self._named(lanes)
+        account = self._account(kind, rng, did, named)
+        chosen = named or self._lanes(kind, rng, account)
         before = len(self.entries)
         kind.tell(Telling(self, self._network, kind, rng, account, chosen))
         if len(self.entries) != before + 1:

@@ -149,10 +149,10 @@ def true_write(scene: Scene) -> Write:
 
 @asynccontextmanager
 async def scene(
-    folder: Path, lanes: Iterable[str] = ("relay0",), config: SimConfig | None = None, **tables: Any
+    folder: Path, lanes: Iterable[str] = ("relay0",), seed: int = 7, **tables: Any
 ) -> AsyncIterator[Scene]:
     """A small network whose accounts are all known, and the node at rest upon it."""
-    network = SimulatedNetwork(config or SimConfig(seed=7, accounts=0, history_accounts=0, relays=2, rate=0))
+    network = SimulatedNetwork(SimConfig(seed=seed, accounts=0, history_accounts=0, relays=2, rate=0))
     await network.start()
     try:
         lanes = list(lanes)
