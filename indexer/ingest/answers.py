@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from indexer.atproto.types import Did, Handle, Rev
-from indexer.errors import IdentityGone
+from indexer.atproto.frames import CommitFrame, SyncFrame, decode_frame
+from indexer.atproto.types import Did, Handle, Rev, Seq
+from indexer.errors import FrameError, IdentityGone
 from indexer.identity.resolver import Identity
 from indexer.ingest.account import CHECKED, PDS_PREFIX, has_authority
 from indexer.ingest.apply import Applier, tell_identity, with_identity
@@ -48,8 +49,13 @@ class Answers:
         row = tx.repo(did)
         if row is None:
             return
+        refused: set[str] = set()
         for waiting in tx.buffered(did):
             tx.add_count(f"ingest/{waiting.source}/reject/identity", 1)
+            if waiting.source not in refused:  # one of each source: the others say nothing more
+                refused.add(waiting.source)
+                seq = seq_of(waiting.data)
+                tx.quarantine(waiting.source, seq, did, "identity", str(error), waiting.data)
         tx.drop_buffered(did)
         self._tools.routes.forget(did)
         if error.tombstone:
@@ -139,6 +145,15 @@ def _told_by_its_pds(words: list[AccountWord], pds: str) -> bool:
         and has_authority(word.source, pds)
         for word in words
     )
+
+
+def seq_of(data: bytes) -> Seq:
+    """The number under which a waiting frame came; 0 where its bytes do not say."""
+    try:
+        frame = decode_frame(data)
+    except FrameError:
+        return 0
+    return frame.seq if isinstance(frame, (CommitFrame, SyncFrame)) else 0
 
 
 class Latest(NamedTuple):

@@ -229,6 +229,10 @@ async def test_an_unknown_identity_refuses_what_waited(tmp_path: Path) -> None:
         net.send(forge.parts(), forge.posts(2))
         await node.until(lambda: count(node, "reject/identity") >= 2)
         assert node.db.count("buffer/frames") == 0
+        kept = [row for _, row in node.db.scan(QUARANTINE)]
+        assert kept
+        assert {(row.reason, row.did) for row in kept} == {("identity", forge.did)}
+        assert all(row.seq for row in kept)
         assert not node.db.records(forge.did)
 
 
