@@ -170,6 +170,7 @@ class Source:
 
     async def run(self) -> None:
         """Reads frames for ever; returns only where the host says that it has no firehose."""
+        self.link.refused = False
         while True:
             dropped = await self._session()
             self._sink.closed(dropped.reason, str(dropped))

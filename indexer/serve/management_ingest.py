@@ -6,8 +6,9 @@ the pause of a part is stored in one batch and then told.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import orjson
@@ -22,6 +23,7 @@ from indexer.serve.xrpc.params import Params
 if TYPE_CHECKING:
     from indexer.serve.services import Services
 
+T = TypeVar("T")
 _CRAWLER: Final = "crawler"
 _FLAGS: Final = ("is_pds", "running", "failing", "throttled", "connected", "enabled", "persisted")
 #: Where following may go on, besides at a number.
@@ -82,9 +84,10 @@ class IngestRoutes:
         body = await _body(request, ("url", "is_pds", "cursor"))
         cursor = _cursor(body["cursor"]) if "cursor" in body else None
         live = "cursor" in body and cursor is None
-        added = await self._sources.add(_url(body), is_pds=_is_pds(body) or False, cursor=cursor)
+        change = self._sources.add(_url(body), is_pds=_is_pds(body) or False, cursor=cursor)
+        added = await _whole(change)
         if live and not added.new:
-            await self._sources.set_cursor(added.name, None)
+            await _whole(self._sources.set_cursor(added.name, None))
         sources = self._sources
         answer = sources.describe(sources.find(added.name))
         return json_response(answer, status=201 if added.new else 200)
@@ -94,7 +97,7 @@ class IngestRoutes:
         params = Params(request.query)
         forget = params.flag("forget")
         body = await _body(request, ("url", "is_pds"), params.optional("url"))
-        removed = await self._sources.remove(_url(body), is_pds=_is_pds(body), forget=forget)
+        removed = await _whole(self._sources.remove(_url(body), is_pds=_is_pds(body), forget=forget))
         return json_response(
             {"name": removed.name, "persisted": not removed.from_settings, "forgotten": forget}
         )
@@ -113,16 +116,16 @@ class IngestRoutes:
             raise RequestError('cursor is required: a number, "oldest", "live" or "accept"')
         url, is_pds = _url(body), _is_pds(body)
         if body["cursor"] == _ACCEPT:
-            cursor: int | None = await self._sources.accept(url, is_pds=is_pds)
+            cursor: int | None = await _whole(self._sources.accept(url, is_pds=is_pds))
         else:
             cursor = _cursor(body["cursor"])
-            await self._sources.set_cursor(url, cursor, is_pds=is_pds)
+            await _whole(self._sources.set_cursor(url, cursor, is_pds=is_pds))
         return json_response({"name": self._sources.find(url, is_pds).name, "cursor": cursor})
 
     async def reset_cursor(self, request: web.Request) -> web.StreamResponse:
         """`{"key" or "url"}`: following begins anew with the oldest message that the upstream retains."""
         body = await _body(request, ("url", "key", "is_pds"), Params(request.query).optional("url"))
-        name = await self._sources.set_cursor(_url(body), 0, is_pds=_is_pds(body))
+        name = await _whole(self._sources.set_cursor(_url(body), 0, is_pds=_is_pds(body)))
         return json_response({"name": name, "cursor": 0})
 
     async def compare(self, request: web.Request) -> web.StreamResponse:
@@ -150,10 +153,15 @@ class IngestRoutes:
         off = {part for part in PARTS if not body.get(part, part not in paused_parts(db))}
         await services.writer.run("ingestion", lambda tx: store_paused(tx, off))
         if services.ingest is not None:
-            await services.ingest.sources.pause(FIREHOSE in off)
+            await _whole(services.ingest.sources.pause(FIREHOSE in off))
         if services.backfill is not None:
             services.backfill.pause(BACKFILL in off)
         return json_response(_shown(frozenset(off)))
+
+
+async def _whole(change: Coroutine[Any, Any, T]) -> T:
+    """A change that goes on to its end where the one who asked for it does not wait so long."""
+    return await asyncio.shield(asyncio.ensure_future(change))
 
 
 def _shown(paused: frozenset[str]) -> dict[str, bool]:

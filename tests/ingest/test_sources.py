@@ -233,6 +233,19 @@ async def test_a_connection_s_task_that_fails_is_started_again_and_counted(
         assert source["outcomes"]["connection/failed"] == 2
 
 
+async def test_a_host_without_a_firehose_is_asked_again_when_it_is_added_anew(tmp_path: Path) -> None:
+    async def none(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 501 Not Implemented\r\nContent-Length: 0\r\n\r\n")
+        await reader.read()
+
+    async with raw(none) as url, world() as net, net.node(tmp_path, upstreams=[url]) as node:
+        await node.until(lambda: not of(node, url)["running"] and of(node, url)["no_firehose"])
+        assert of(node, url)["attempts"] == 1
+        await node.ingest.sources.add(url)
+        await node.until(lambda: of(node, url)["attempts"] == 2 and of(node, url)["no_firehose"])
+
+
 async def test_a_path_that_fails_takes_ingest_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fails(*_: object) -> None:
         raise ZeroDivisionError("a fault of ours")
