@@ -47,6 +47,9 @@ from indexer.store.writer import Writer
 
 log = structlog.get_logger()
 
+#: Failures in a row after which the identity is asked for before the next try.
+REFRESH_AFTER = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Tools:
@@ -112,7 +115,8 @@ class Job:
 
     async def _backfill(self, row: RepoRow) -> str | None:
         tools = self._tools
-        stale = reason_of(row.error).startswith("identity")
+        # A host that fails again and again may be one that the account has left.
+        stale = reason_of(row.error).startswith("identity") or row.attempt >= REFRESH_AFTER
         identity = await tools.resolver.resolve(self._did, refresh=stale)
         with tools.budget.share() as share:
             await share.room()

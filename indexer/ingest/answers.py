@@ -129,8 +129,11 @@ class Answers:
         if did in self._tools.hints:
             new = new._replace(work=new.work | Work.RESOLVE)
         if moved:
-            new = with_words(tx, did, new, tx.account_words(did), ephemeral=self._applier.ephemeral)
-            if new.status is not row.status and not new.status.active:
+            words = tx.account_words(did)
+            # A check was the word of the host that it lived on before, which the new one is to be asked for.
+            present = [word for word in words if word.source != CHECKED]
+            new = with_words(tx, did, new, present, ephemeral=self._applier.ephemeral)
+            if present != words or (new.status is not row.status and not new.status.active):
                 new = new._replace(work=new.work | Work.CHECK_STATUS)
         if new.error.startswith("identity_gone"):
             new = new._replace(error="")
