@@ -173,6 +173,7 @@ async def test_any_interleaving_gives_the_same_index(tmp_path: Path, kinds: str)
 
 
 @pytest.mark.slow
+@pytest.mark.limit(90)
 @pytest.mark.parametrize("seed", range(2, 8))
 @pytest.mark.parametrize("kinds", KINDS)
 async def test_any_interleaving_gives_the_same_index_at_length(tmp_path: Path, kinds: str, seed: int) -> None:

@@ -24,7 +24,7 @@ from indexer.atproto.types import Did, Micros, Path
 from indexer.config import Settings
 from indexer.errors import WriterPoisoned
 from indexer.ingest.filters import Filters
-from indexer.store.codecs import RepoRow, SyncState
+from indexer.store.codecs import RepoRow, SyncState, Work
 from indexer.store.database import Database
 from indexer.store.keyspaces import CURSORS
 from indexer.store.transaction import Transaction
@@ -111,9 +111,11 @@ def revisited(row: RepoRow, excluded: bool, whole: bool, task: int, now_us: Micr
     # A fetch under way was begun under the old filter.
     if again or (row.state is SyncState.BACKFILLING and task & Task.COLLECTIONS):
         row = _stale(row)._replace(due=0, attempt=0)
-    rests = row.state in (SyncState.PENDING, SyncState.DESYNCHRONIZED) and not row.due and not row.work
-    wanted = again or task & (Task.REFETCH | Task.INCLUDE) or row.state is not SyncState.SYNCED
-    return row._replace(due=now_us) if rests and wanted and row.status.active else row
+    rests = row.state in (SyncState.PENDING, SyncState.DESYNCHRONIZED) and not row.due
+    # What waits for an identity gets its fetch planned once that is known (`machine.drained`).
+    planned_later = not again and row.work & (Work.RESOLVE | Work.DRAIN)
+    wanted = task & (Task.COLLECTIONS | Task.INCLUDE) and row.status.active
+    return row._replace(due=now_us) if rests and wanted and not planned_later else row
 
 
 def _stale(row: RepoRow) -> RepoRow:

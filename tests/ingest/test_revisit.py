@@ -142,6 +142,11 @@ BROKEN = SYNCED._replace(state=SyncState.DESYNCHRONIZED)
     ("row", "task", "changes"),
     [
         (SYNCED, WIDER, {"state": SyncState.DESYNCHRONIZED, "due": NOW, "complete": False}),
+        (
+            SYNCED._replace(work=int(Work.VERIFY_HANDLE | Work.RESOLVE)),
+            WIDER,
+            {"state": SyncState.DESYNCHRONIZED, "due": NOW, "complete": False},
+        ),
         (SYNCED, NARROWER, {"complete": False}),
         (SYNCED, Task.INCLUDE, {}),
         (
@@ -157,7 +162,9 @@ BROKEN = SYNCED._replace(state=SyncState.DESYNCHRONIZED)
          {"state": SyncState.DESYNCHRONIZED, "due": NOW, "complete": False}),
         (SYNCED._replace(state=SyncState.BACKFILLING, due=1), Task.INCLUDE, {}),
         (BROKEN, Task.INCLUDE, {"due": NOW}),
+        (BROKEN, Task.EXCLUDE | Task.PURGE, {}),
         (BROKEN._replace(work=int(Work.RESOLVE)), Task.INCLUDE, {}),
+        (BROKEN._replace(work=int(Work.VERIFY_HANDLE)), Task.INCLUDE, {"due": NOW}),
     ],
 )  # fmt: skip
 def test_a_row_under_a_new_filter(row: RepoRow, task: int, changes: dict[str, Any]) -> None:
