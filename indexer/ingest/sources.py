@@ -19,7 +19,7 @@ from indexer.atproto.types import Seq
 from indexer.config import check_address
 from indexer.errors import RequestError, StoreError, UrlRefused
 from indexer.identity.guard import check_url
-from indexer.ingest import revs
+from indexer.ingest import revs, unheard
 from indexer.ingest.apply import Applier
 from indexer.ingest.controls import FIREHOSE, paused_parts
 from indexer.ingest.pipeline import Pipeline
@@ -76,6 +76,7 @@ class Sources:
         self._tasks: asyncio.TaskGroup | None = None
         self._turn = asyncio.Lock()
         self.revs = revs.RevComparison(tools, applier, _Urls(self._all))
+        self._words = unheard.WordSweep(tools, applier)
         rows = {key[1]: row for key, row in tools.db.scan(SOURCES, *did_range(KIND))}
         for name in dict.fromkeys(tools.settings.upstreams):
             row = rows.pop(name, None)
@@ -99,6 +100,7 @@ class Sources:
             try:
                 for followed in self._all.values():
                     self._start(followed)
+                tasks.create_task(self._words.run(), name="ingest-unheard")
                 await self.revs.run()
             finally:
                 self._tasks = None
@@ -175,6 +177,7 @@ class Sources:
                     tx.drop_source(KIND, name)
                 else:
                     tx.set_source(KIND, name, SourceRow(True, True, tx.now_us))
+                unheard.cancel(tx, name)
                 if cursor is not None:
                     _set_cursor(tx, name, cursor)
 
@@ -189,7 +192,8 @@ class Sources:
             return Added(name, new)
 
     async def remove(self, url: str, *, is_pds: bool | None = None, forget: bool = False) -> Followed:
-        """Follows it no longer, also after a restart; ``forget``: its cursor and counts go too.
+        """Follows it no longer, also after a restart; ``forget``: its cursor and counts go too. What it
+        said of accounts counts no more.
 
         One of the settings stays listed, switched off. Raises `RequestError` for one that is not known.
         """
@@ -204,10 +208,12 @@ class Sources:
                 else:
                     tx.drop_source(KIND, name)
                 revs.cancel(tx, name)
+                unheard.plan(tx, name)
                 if forget:
                     _forget(tx, name, self._tools.db.counts(f"ingest/{name}/"))
 
             await self._tools.writer.run("source_remove", store)
+            self._words.wake()
             followed.enabled = False
             followed.pipeline.position.forget()
             if not followed.from_settings:
