@@ -152,6 +152,8 @@ def kinds() -> Iterator[Kind]:
                _account(active=False, status="asleep"))  # fmt: skip
     yield Kind("account_throttled", account, "legal: active, but throttled", ("ok/account",),
                _account(status="throttled"))  # fmt: skip
+    yield Kind("sync_foreign", "4", "a PDS tells a #sync of an account that lives elsewhere",
+               ("reject/authority",), _sync(lambda draft, telling: {}), "foreign")  # fmt: skip
     yield Kind("account_foreign", "4", "a PDS tells the status of an account that lives elsewhere",
                ("reject/authority",), _account(active=False, status="deleted"), "foreign")  # fmt: skip
     yield Kind("type_unknown", other, "a message of an unknown type", ("drop/unknown_type",),

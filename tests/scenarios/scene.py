@@ -72,8 +72,14 @@ class Scene:
             elif (row.rev, row.data) != (account.rev, account.data):
                 yield f"{did} has rev {row.rev}, truly {account.rev}"
             else:
-                stored = {path: bytes(record.cid) for path, record in self.node.db.records(did)}
-                truth = {path: bytes(record.cid) for path, record in account.records.items()}
+                stored = {
+                    path: (bytes(record.cid), bool(record.flags))
+                    for path, record in self.node.db.records(did)
+                }
+                truth = {
+                    path: (bytes(record.cid), path in account.flaws)
+                    for path, record in account.records.items()
+                }
                 if stored != truth:
                     yield f"{did} holds {len(stored)} records, truly {len(truth)}"
 
