@@ -220,6 +220,7 @@ async def test_a_handle_that_changes_hands_is_told_at_once(tmp_path: Path) -> No
         await at.node.until(lambda: at.row(two).handle == "first.test" and at.row(one).handle == "third.test")
 
 
+@pytest.mark.limit(10)
 async def test_a_handle_asked_for_too_early_is_verified_once_its_account_has_it(tmp_path: Path) -> None:
     async with scene(tmp_path, identity={"error_ttl": 3600}) as at:
         one = at.account(pds=0, handle="first.test")

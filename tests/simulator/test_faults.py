@@ -21,7 +21,8 @@ from indexer.simulator import SimConfig, SimulatedNetwork
 from indexer.simulator.account import Account, ActionError
 from indexer.simulator.fault_answers import KINDS
 from indexer.simulator.fault_cars import CARS, Subject
-from indexer.simulator.faults import Fault
+from indexer.simulator.faults import ROUTES, Fault
+from tests.paths import ROOT
 from tests.simulator.test_network import running as network
 
 REPO = "/xrpc/com.atproto.sync.getRepo?did="
@@ -97,6 +98,11 @@ async def test_faults_are_set_seen_and_ended_by_the_control_api() -> None:
         ):  # fmt: skip
             async with http.post(url, json=wrong) as response:
                 assert response.status == 400, wrong
+
+
+def test_every_fault_is_in_the_page() -> None:
+    page = (ROOT / "docs" / "simulator.md").read_text()
+    assert not [name for name in (*KINDS, *ROUTES) if f"`{name}`" not in page]
 
 
 def test_an_unknown_fault_is_refused_before_the_network_starts() -> None:
