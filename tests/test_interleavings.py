@@ -39,7 +39,9 @@ class Network:
         hosts = [playback.read(0, 1 << 40) for playback in session.playbacks]
         ends = [source.endpoint for source in session.sources]
         self.sources = [ReplaySource([], end) for end in ends] + [ReplaySource([])] * kinds.count("r")
-        self.network = ReplayNetwork(self.sources, session.documents, session.cars, accounts=session.accounts)
+        # In memory: a fetch that the daemon's end cuts off leaves no file open.
+        cars = {did: car if isinstance(car, bytes) else car.read_bytes() for did, car in session.cars.items()}
+        self.network = ReplayNetwork(self.sources, session.documents, cars, accounts=session.accounts)
         relays = iter(range(len(ends), len(self.sources)))
         self.at = [next(relays) if kind == "r" else int(kind) for kind in kinds]
         self.streams = [
