@@ -133,7 +133,13 @@ def kinds() -> Iterator[Kind]:
                _sync(lambda draft, telling: {"blocks": padded(draft, telling.rng, 2_000_000)}))  # fmt: skip
     yield Kind("sync_fields", "1", "a #sync without a TID", FIELDS,
                _sync(lambda draft, telling: {"rev": "yesterday"}))  # fmt: skip
-    yield Kind("sync_large", "2", "legal: a #sync of 20,000 bytes", ("ok/sync",), _sync_of_same_data(True))
+    yield Kind(
+        "sync_large",
+        "2",
+        "legal: a #sync of 20,000 bytes",
+        ("ok/sync", "note/sync_blocks"),
+        _sync_of_same_data(True),
+    )
     yield Kind(
         "sync_same", sync, "legal: the same tree under a new rev", ("ok/sync",), _sync_of_same_data(False)
     )

@@ -67,6 +67,7 @@ class SimulatedNetwork:
         self._journal = Journal(config.state, keep_bytes=config.window_mib << 20)
         self._log = FrameLog(self._journal)
         self.relays: list[Lane] = []
+        self.lanes: dict[str, Lane] = {}  # every sender by name: relay0, relay1, …, pds0, pds1, …
         self._listeners: dict[str, Listener] = {}
         self._ports: dict[str, int] = {}
         self.faults = Faults(config.seed, SUITED, config.faults)
@@ -172,11 +173,6 @@ class SimulatedNetwork:
     def relay(self) -> Lane:
         """The first relay's."""
         return self.relays[0]
-
-    @property
-    def lanes(self) -> dict[str, Lane]:
-        """Every sender by name: relay0, relay1, …, pds0, pds1, …"""
-        return {lane.name: lane for lane in (*self.relays, *self.pds_lanes)}
 
     # -- happenings
 
@@ -300,6 +296,7 @@ class SimulatedNetwork:
         self.pds_lanes = [Lane(self._log, f"pds{number}") for number in range(pds)]
         self.relays = [Lane(self._log, f"relay{number}") for number in range(relays)]
         self._relay_names = [lane.name for lane in self.relays]
+        self.lanes = {lane.name: lane for lane in (*self.relays, *self.pds_lanes)}
         return World(seed, pds, Clock())
 
     def _index(self, rows: list[Any], place: Place) -> None:

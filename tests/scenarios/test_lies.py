@@ -6,6 +6,7 @@ One network and one node serve all kinds of a module, since each scenario leaves
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Coroutine, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from indexer.ingest import due
 from indexer.simulator.account import ACTIVE
 from indexer.simulator.lie_kinds import KINDS, Kind
+from tests.paths import ROOT
 from tests.scenarios.scene import Scene, scene
 
 #: Kinds that only time can tell.
@@ -85,6 +87,20 @@ def test_a_lie_of_a_relay_is_counted_under_its_reason_and_does_no_harm(kind: Kin
 @pytest.mark.parametrize("kind", _parameters("foreign"))
 def test_a_lie_of_a_pds_about_others_is_refused(kind: Kind, host: Stage) -> None:
     host.run(_scenario(host.scene, kind, "pds0"))
+
+
+def test_every_row_that_refuses_or_desynchronizes_has_its_lie() -> None:
+    expected = {name for kind in KINDS.values() for name in kind.expect}
+    rows = 0
+    for line in (ROOT / "docs" / "sync.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        if len(cells) < 4 or not re.match(r"\d|`#", cells[0]):
+            continue
+        for outcome in re.findall(r"reject|desync", cells[2]):
+            for reason in re.findall(r"`(\w+)`", cells[3]):
+                rows += 1
+                assert f"{outcome}/{reason}" in expected, line
+    assert rows > 20
 
 
 @pytest.mark.parametrize("kind", _parameters("alone"))

@@ -96,6 +96,18 @@ def test_only_the_lying_lane_tells_a_true_commit_otherwise() -> None:
         assert frame_of(network, home, network.lanes[home].seq)[1]["tooBig"] is False
 
 
+def test_a_lie_told_on_all_lanes_leaves_the_truth_to_the_servers_alone() -> None:
+    with still() as network:
+        account = network.world.active[0]
+        lanes = ["relay0", "relay1", f"pds{account.pds}"]
+        lie = network.lies.tell("leaf_missing", did=account.did, lanes=lanes)
+        assert lie["lanes"] == {name: network.lanes[name].seq for name in lanes}
+        assert account.rev == lie["rev"]
+        frames = [frame_of(network, name, network.lanes[name].seq)[1] for name in lanes]
+        assert {frame["rev"] for frame in frames} == {account.rev}
+        assert len({len(frame["blocks"]) for frame in frames}) == 1
+
+
 def test_a_withheld_frame_leaves_a_gap_in_the_numbers_of_its_lane_alone() -> None:
     with still() as network:
         did = network.world.active[0].did
