@@ -55,7 +55,7 @@ def frame_of(network: SimulatedNetwork, lane: str, seq: int) -> tuple[str, Any]:
 
 def test_the_page_shows_every_kind() -> None:
     page = (ROOT / "docs" / "simulator.md").read_text()
-    assert page.endswith(kinds_table())
+    assert kinds_table() in page
 
 
 def test_a_lie_does_not_touch_the_truth_unless_it_is_a_truth_told_badly() -> None:
