@@ -1,21 +1,28 @@
 """`bench car_walk [BYTES …]`: CAR bytes → ordered records, with and without block hashing, one core and all.
 
-Times `indexer.repo.walker.index_repo` and the slicing of every record out of the buffer, as backfill does it.
-The archives are the simulator's; `--file` or HUGE_CAR adds any other.
+Times `indexer.repo.walker.index_repo` and the slicing of every record out of the buffer, as backfill does it;
+then the library: `DriverBuilder` within a memory limit, in streaming order without a disk and, told to ignore
+that order, with one. Memory is the growth of a fresh process. The archives are the simulator's; `--file` or
+HUGE_CAR adds any other.
 """
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import resource
 import sys
+import tempfile
 import time
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.options import Options, machine, profiled, timed
 from bench.report import Report, Target
+from indexer import DiskBuilder, Driver, DriverBuilder, RecordWalk
 from indexer.repo.walker import index_repo
 from indexer.simulator.corpus import cached_car
 
@@ -25,6 +32,12 @@ FULL = (3 * _KIB, 280 * _KIB, 5 * _MIB, 128 * _MIB, 450 * _MIB)
 #: The targets hold from this size up, a core.
 _FROM = _MIB
 _HASHED, _PLAIN = Target(130), Target(200)
+#: MiB: the library's limit, and what a process may grow by with it.
+_LIMIT = 16
+_GROWTH = Target(_LIMIT + 64, at_most=True)
+#: Archives from this size up are also walked in a process of their own, whose memory is measured.
+_LARGE = 32 * _MIB
+_PIECE = 256 * _KIB
 
 
 def run(options: Options) -> Report:
@@ -35,6 +48,7 @@ def run(options: Options) -> Report:
         files[options.file.stem] = options.file
     for name, file in files.items():
         _measure(report, options, name, file)
+        _measure_library(report, options, name, file)
     largest = max(files.values(), key=lambda file: file.stat().st_size)
     cores = os.cpu_count() or 1
     rates = [_on_all_cores(largest, cores) for _ in range(options.runs)]
@@ -53,6 +67,68 @@ def _measure(report: Report, options: Options, name: str, file: Path) -> None:
         report.add(f"{series}_{name}_mib_per_s", "MiB/s", rates, bound, series=series, size=len(data))
         if options.profile is not None:
             profiled(job, options.profile, f"car_walk {name} {series}")
+
+
+class Walked(NamedTuple):
+    """One walk by the library: seconds of processor time, and MiB by which its process grew."""
+
+    seconds: float
+    growth_mib: float
+
+
+def _measure_library(report: Report, options: Options, name: str, file: Path) -> None:
+    size = file.stat().st_size
+    if size < _LARGE:
+        rates = [size / _MIB / each for each in timed(lambda: asyncio.run(drive(file, True)), options.runs)]
+        report.add(f"library_{name}_mib_per_s", "MiB/s", rates, series="library", size=size)
+        return
+    for series, streaming in (("library", True), ("library_disk", False)):
+        runs = [_in_a_process(file, streaming) for _ in range(options.runs)]
+        rates = [size / _MIB / each.seconds for each in runs]
+        report.add(f"{series}_{name}_mib_per_s", "MiB/s", rates, series=series, size=size)
+        growth = [each.growth_mib for each in runs]
+        report.add(f"{series}_{name}_growth_mib", "MiB", growth, _GROWTH)
+
+
+def _in_a_process(file: Path, streaming: bool) -> Walked:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_walk_by_library, (file, streaming))
+
+
+def _walk_by_library(file: Path, streaming: bool) -> Walked:
+    asyncio.run(_nothing())  # what every loop costs is not the walk's
+    before, start = _own_peak_mib(), time.process_time()
+    asyncio.run(drive(file, streaming))
+    return Walked(time.process_time() - start, _own_peak_mib() - before)
+
+
+async def _nothing() -> None:
+    """Work that only makes a loop start."""
+
+
+async def drive(file: Path, streaming: bool) -> int:
+    """Every record of a file by `DriverBuilder`, on disk unless ``streaming`` spares it; their bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        match await DriverBuilder(_LIMIT, streaming=streaming).load_car(_pieces(file)):
+            case Driver.Memory(_, driver):
+                return await _total(driver)
+            case Driver.Disk(need_disk):
+                with DiskBuilder().open(Path(folder) / "spill") as store:
+                    _, driver = await need_disk.finish_loading(store)
+                    return await _total(driver)
+
+
+async def _total(driver: RecordWalk) -> int:
+    total = 0
+    async for chunk in driver.chunks(1000):
+        total += sum(len(each.data or b"") for each in chunk)
+    return total
+
+
+async def _pieces(file: Path) -> AsyncIterator[bytes]:
+    with file.open("rb") as source:
+        while piece := source.read(_PIECE):
+            yield piece
 
 
 def walk(data: bytes, hashes: bool) -> int:
@@ -90,3 +166,12 @@ def _named(size: int) -> str:
 def _peak_mib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / _MIB if sys.platform == "darwin" else peak / _KIB
+
+
+def _own_peak_mib() -> float:
+    """As `_peak_mib`; but a process that was just started does not count its parent's memory."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return _peak_mib()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / _KIB

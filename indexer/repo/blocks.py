@@ -9,6 +9,7 @@ instead of its output and comes out with the record. The disk that keeps more th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Final, NamedTuple, Protocol
 
 from indexer.atproto.node import NODE_START
@@ -112,6 +113,13 @@ class Keeping:
         if data is None:
             return _FAILURE + (error or "").encode()
         return _OUTPUT + data
+
+    def outputs(self, paths: Sequence[Path], cids: Sequence[Cid], blocks: Sequence[bytes]) -> list[Output]:
+        """The records with these blocks; `outcome` for many."""
+        if self._process is noop and max(map(len, blocks), default=0) <= self._max_record:
+            return list(map(Output._make, zip(paths, cids, blocks, repeat(None), strict=False)))
+        rows = zip(paths, cids, map(self.outcome, blocks), strict=True)
+        return [Output(path, cid, data, error) for path, cid, (data, error) in rows]
 
     def outcome(self, block: bytes) -> tuple[bytes | None, str | None]:
         """(what the processor made of a record, None) or (None, why there is nothing)."""

@@ -22,7 +22,7 @@ from indexer.repo.walker import checked_commit
 from indexer.repo.walks import Span, StoreWalk, in_thread, translated
 
 #: Bytes that go to a store at once.
-_BATCH: Final = 4 << 20
+_BATCH: Final = 1 << 20
 #: Says why a block may be missing that the archive had.
 _HINT: Final = " (if it came before under another key, load the archive again with streaming=False)"
 

@@ -171,15 +171,14 @@ class StreamWalk(RecordWalk):
     def _give_out(self, taken: Taken) -> None:
         if not taken.paths:
             return
-        data, outcome = self._reader.data[self._reader.at : taken.end], self._plan.keeping.outcome
         shift = self._reader.at
+        data = self._reader.data[shift : taken.end]
         starts = [start - shift for start in taken.starts]
         ends = [end - shift for end in taken.ends]
         self._passed.add(data, starts, ends)
-        found = [
-            Output(path, data[start - CID_LENGTH : start], *outcome(data[start:end]))
-            for path, start, end in zip(taken.paths, starts, ends, strict=True)
-        ]
+        cids = [data[start - CID_LENGTH : start] for start in starts]
+        blocks = [data[start:end] for start, end in zip(starts, ends, strict=True)]
+        found = self._plan.keeping.outputs(taken.paths, cids, blocks)
         self._ready += filter(self._span.begins, found) if found[0].path < self._span.start else found
 
     def _recall(self) -> bool:

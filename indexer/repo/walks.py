@@ -186,10 +186,10 @@ class WholeWalk(RecordWalk):
         self._rows: Iterator[Row] = iter(records)
 
     async def _chunk(self, size: int) -> list[Output]:
-        data, outcome = self._data, self._keeping.outcome
-        return [
-            Output(path, cid, *outcome(data[start:end])) for path, cid, start, end in islice(self._rows, size)
-        ]
+        rows = list(islice(self._rows, size))
+        data = self._data
+        blocks = [data[start:end] for _path, _cid, start, end in rows]
+        return self._keeping.outputs([row[0] for row in rows], [row[1] for row in rows], blocks)
 
     async def _seek(self, start: Path, stop: Path | None) -> None:
         first = self._records.place(start)

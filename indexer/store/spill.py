@@ -22,8 +22,8 @@ from indexer.store import rocks
 
 _MARK: Final = "SPILL"
 _BLOOM_BITS: Final = 10
-#: Share of the cache's memory that a write buffer takes; up to three of them exist at once.
-_BUFFER_SHARE: Final = 4
+#: Share of the memory that a write buffer takes; two of them exist at once.
+_BUFFER_SHARE: Final = 8
 
 
 class DiskBuilder:
@@ -134,10 +134,12 @@ class SpillStore:
 
 
 def _options(cache_mb: int) -> Any:
+    shared = rocks.budget(cache_mb)  # what is being written counts as cached
     options = rocksdict.Options(raw_mode=True)
     options.create_if_missing(True)
+    options.set_write_buffer_manager(shared.write_buffers)
     options.set_write_buffer_size(max(1, cache_mb // _BUFFER_SHARE) * rocks.MIB)
-    options.set_max_write_buffer_number(3)
+    options.set_max_write_buffer_number(2)
     options.set_compression_type(rocksdict.DBCompressionType.lz4())
     options.set_max_open_files(256)
     options.set_keep_log_file_num(1)
@@ -145,7 +147,7 @@ def _options(cache_mb: int) -> Any:
     options.set_stats_dump_period_sec(0)
     options.set_stats_persist_period_sec(0)
     table = rocksdict.BlockBasedOptions()
-    table.set_block_cache(rocksdict.Cache(cache_mb * rocks.MIB))
+    table.set_block_cache(shared.cache)
     table.set_bloom_filter(_BLOOM_BITS, False)
     table.set_cache_index_and_filter_blocks(True)
     table.set_format_version(5)
