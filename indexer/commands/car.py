@@ -1,4 +1,4 @@
-"""`indexer car inspect|verify|ls|extract`: a repository CAR file, checked and unpacked without a daemon.
+"""`indexer car inspect|verify|ls|prove|extract`: a repository CAR file, checked without a daemon.
 
 Owns the options and the printed forms. All checks are `indexer.repo.walker`'s: every command refuses
 a file whose block hashes, tree or completeness do not hold, with one error that says what broke.
@@ -6,10 +6,12 @@ a file whose block hashes, tree or completeness do not hold, with one error that
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +28,18 @@ from indexer.atproto.types import Did, DidKey
 from indexer.commands.paths import NamedPath
 from indexer.commands.progress import counted
 from indexer.errors import BadInput, CarError, DagCborError, DidDocumentInvalid
+from indexer.repo.driver import DriverBuilder
 from indexer.repo.walker import RepoIndex, index_repo
 
 _file = click.argument("file", type=NamedPath(exists=True, dir_okay=False, allow_dash=True))
 _json = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+_key = click.option("--key", metavar="did:key:…", help="The account's signing key.")
+_document = click.option(
+    "--did-document",
+    "document",
+    type=NamedPath(exists=True, dir_okay=False),
+    help="The account's DID document (JSON): its DID must be the repository's, its key the signer.",
+)
 
 
 #: Length and header of the longest archive that is read.
@@ -153,13 +163,8 @@ def car() -> None:
 
 @car.command()
 @_file
-@click.option("--key", metavar="did:key:…", help="The account's signing key.")
-@click.option(
-    "--did-document",
-    "document",
-    type=NamedPath(exists=True, dir_okay=False),
-    help="The account's DID document (JSON): its DID must be the repository's, its key the signer.",
-)
+@_key
+@_document
 @_json
 def verify(file: Path, key: str | None, document: Path | None, as_json: bool) -> None:
     """Check block hashes, tree, completeness and, given a key, the signature."""
@@ -176,14 +181,46 @@ def inspect(file: Path, as_json: bool) -> None:
 
 @car.command()
 @_file
+@click.option(
+    "--prefix", default="", metavar="TEXT", help="Only paths that begin with this: app.bsky.feed.post/"
+)
 @_json
-def ls(file: Path, as_json: bool) -> None:
+def ls(file: Path, prefix: str, as_json: bool) -> None:
     """Every record's path and CID, in key order."""
-    repo = index_repo(_read(file))
+    rows = index_repo(_read(file)).records
     form = '{{"path":"{}","cid":"{}"}}\n' if as_json else "{} {}\n"
     # A checked path holds nothing that JSON would escape.
-    lines = (form.format(path, format_cid(cid)) for path, cid, _start, _end in repo.records)
-    click.echo("".join(lines), nl=False)
+    inside = takewhile(lambda row: row[0].startswith(prefix), rows.after(rows.place(prefix)))
+    click.echo("".join(form.format(path, format_cid(cid)) for path, cid, _start, _end in inside), nl=False)
+
+
+@car.command()
+@_file
+@click.argument("path")
+@_key
+@_document
+@_json
+def prove(file: Path, path: str, key: str | None, document: Path | None, as_json: bool) -> None:
+    """Whether the record PATH exists, as FILE proves it: all of a repository, or what getRecord gives.
+
+    Exit code 0 also when it is proven that there is none; 1 when FILE proves neither.
+    """
+    signer = _signer(key, document)
+    builder = DriverBuilder(
+        DEFAULT_LIMITS.max_bytes >> 20, did=signer.did if signer else None, key=signer.key if signer else None
+    )
+    part = asyncio.run(builder.load_slice(_read(file)))
+    found = part.get(path)
+    result = {
+        "did": part.commit.did,
+        "rev": part.commit.rev,
+        "path": path,
+        "cid": None if found.cid is None else format_cid(found.cid),
+        "present": found.cid is not None,
+        "block": found.record is not None,
+        "signature": "valid" if signer else "not checked",
+    }
+    _print_result(result, as_json)
 
 
 @car.command()

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from indexer.atproto.car import car_block, car_header
-from indexer.atproto.cid import dag_cbor_cid
+from indexer.atproto.car import car_block, car_header, read_car
+from indexer.atproto.cid import dag_cbor_cid, parse_cid
 from indexer.atproto.commit import Commit, encode_commit
 from indexer.atproto.dagcbor import record_from_json
-from indexer.atproto.mst import build
+from indexer.atproto.mst import build, prove
 from indexer.cli import main
 from indexer.commands.car import car
 from indexer.errors import BadInput
@@ -63,6 +63,34 @@ def test_ls_gives_every_path_and_cid_in_key_order() -> None:
     assert [row["path"] for row in rows] == sorted(truth["records"])
     plain = run("ls", repo_file("kilo.car")).stdout.splitlines()
     assert plain == [f"{row['path']} {row['cid']}" for row in rows]
+
+
+def test_ls_of_a_prefix() -> None:
+    truth = truth_of("kilo")
+    lines = run("ls", repo_file("kilo.car"), "--prefix", "app.bsky.feed.post/").stdout.splitlines()
+    wanted = sorted(path for path in truth["records"] if path.startswith("app.bsky.feed.post/"))
+    assert [line.split()[0] for line in lines] == wanted
+    assert wanted
+    assert run("ls", repo_file("kilo.car"), "--prefix", "zz").stdout == ""
+
+
+def test_prove_says_whether_a_record_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = truth_of("kilo")
+    path, cid = sorted(truth["records"].items())[400]
+    blocks = read_car(repo_file("kilo.car").read_bytes()).blocks
+    commit = parse_cid(truth["commit"])
+    proof = [blocks[commit], *prove(parse_cid(truth["data"]), path, blocks.get)]
+    part = tmp_path / "part.car"
+    part.write_bytes(car_header([commit]) + b"".join(car_block(dag_cbor_cid(each), each) for each in proof))
+    for file, block in ((part, False), (repo_file("kilo.car"), True)):
+        answer = json.loads(run("prove", file, path, "--key", truth["signingKey"], "--json").stdout)
+        assert (answer["did"], answer["rev"], answer["path"]) == (truth["did"], truth["rev"], path)
+        assert (answer["cid"], answer["present"], answer["block"]) == (cid, True, block)
+        assert answer["signature"] == "valid"
+    absent = run("prove", repo_file("kilo.car"), "app.bsky.feed.post/0", "--json")
+    assert absent.exit_code == 0
+    assert json.loads(absent.stdout)["cid"] is None
+    assert "nothing is proven below it" in refusal(capsys, "prove", part, sorted(truth["records"])[0])
 
 
 def test_inspect_counts_what_is_inside() -> None:
