@@ -36,6 +36,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", type=Path, metavar="FILE", help="one more run under cProfile, as text")
     parser.add_argument("--rounds", type=int, help="gc: updates of every churned record (20)", default=20)
     parser.add_argument("--records", type=int, help="gc: records that are churned (a fiftieth of SIZE)")
+    parser.add_argument("--data", type=Path, help="gc: keep the loaded store here and use it again; no churn")
     parser.add_argument("--strict", action="store_true", help="exit 1 when a target is missed")
     return parser.parse_args(arguments)
 
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         profile=given.profile,
         rounds=given.rounds,
         records=given.records,
+        data=given.data,
     )
     given.cache.mkdir(parents=True, exist_ok=True)
     met = True

@@ -4,7 +4,8 @@ Churn: a fiftieth of RECORDS (or N) are written and updated R times in a process
 running and a retention of three seconds, then pruned, folded, collected and compacted; a fresh index of the
 same final state is the measure of what should be left. Start-up: RECORDS are loaded, as many more but at most
 100,000 lie in the log unfolded, the writing process is killed; timed from the daemon's start to its first
-getRecord. Then getRecord's latency at random records, idle and while that log is folded.
+getRecord. Then getRecord's latency at random records, idle and while that log is folded. With ``--data``
+the store is loaded there once, and start-up alone is measured.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ FULL = (100_000, 1_000_000, 5_000_000)
 _CHURNED: Final = 50  # a fiftieth of the records
 _TAIL = 100_000
 _CLIENTS: Final = 4
+_NEXT: Final = "next_record"  # beside the store: the number of the record to write next
 _IDLE_S = 2.0
 _RATIO, _DIRECTORY = Target(1.3, at_most=True), Target(200, at_most=True)
 _MEMORY, _START, _LATENCY = Target(400, at_most=True), Target(2, at_most=True), Target(20, at_most=True)
@@ -59,10 +61,12 @@ def run(options: Options) -> Report:
     """Both parts at each size."""
     report = Report("gc", notes=[machine()])
     for records in options.chosen(REDUCED, FULL):
-        churned = options.records or max(PER_REPO, records // _CHURNED)
-        _churn(report, options, churned)
-        with tempfile.TemporaryDirectory(dir=options.cache, prefix="gc-") as folder:
-            restarts = _restarts(report, options, records, Path(folder))
+        if options.data is None:
+            _churn(report, options, options.records or max(PER_REPO, records // _CHURNED))
+            with tempfile.TemporaryDirectory(dir=options.cache, prefix="gc-") as folder:
+                restarts = _restarts(report, options, records, Path(folder))
+        else:
+            restarts = _restarts(report, options, records, options.data / str(records))
         for name, unit, target in (
             ("start_s", "s", _START),
             ("idle_p99_ms", "ms", None),
@@ -112,20 +116,30 @@ def child(*arguments: object) -> dict[str, Any]:
 
 
 def _restarts(report: Report, options: Options, records: int, folder: Path) -> list[Restart]:
-    loaded = child("fill", folder, 0, records)
-    report.add(
-        f"load_records_per_s_{records}", "records/s", [loaded["records_per_s"]], series="load", size=records
-    )
-    report.add(f"load_peak_mib_{records}", "MiB", [loaded["peak_mib"]], _MEMORY, series="peak", size=records)
     done = []
-    first, tail = records, min(_TAIL, records)
+    first, tail = _loaded(report, records, folder), min(_TAIL, records)
     for profile in (*[None] * options.runs, *([options.profile] if options.profile else [])):
         _kill_in_the_tail(folder, first, first + tail)
         first += tail
+        (folder / _NEXT).write_text(str(first))
         found = asyncio.run(restart(folder, records, tail, profile=profile))
         if profile is None:
             done.append(found)
     return done
+
+
+def _loaded(report: Report, records: int, folder: Path) -> int:
+    """Loads the records where that is not done yet; the number of the next one."""
+    held = folder / _NEXT
+    if held.exists():
+        return int(held.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded = child("fill", folder, 0, records)
+    rate, peak = loaded["records_per_s"], loaded["peak_mib"]
+    report.add(f"load_records_per_s_{records}", "records/s", [rate], series="load", size=records)
+    report.add(f"load_peak_mib_{records}", "MiB", [peak], _MEMORY, series="peak", size=records)
+    held.write_text(str(records))
+    return records
 
 
 def _kill_in_the_tail(folder: Path, first: int, last: int) -> None:

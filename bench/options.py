@@ -29,6 +29,8 @@ class Options(NamedTuple):
     #: gc: updates of every churned record, and how many are churned (a fiftieth of the size when None).
     rounds: int = 20
     records: int | None = None
+    #: gc: where the loaded store is kept for the next time; no churn is run then.
+    data: Path | None = None
 
     def chosen(self, reduced: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, ...]:
         """The sizes from the command line, else those of the reduced or the full set."""

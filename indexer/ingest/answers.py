@@ -63,7 +63,20 @@ class Answers:
             return
         work = row.work & ~(Work.RESOLVE | Work.CHECK_STATUS | Work.COMPARE_REV)
         new = row._replace(signing_key="", pds="", work=work, error=f"identity_gone: {error}"[:500])
+        if refused:
+            new = self._perhaps_behind(tx, new)
         self._applier.store(tx, did, row, new)
+
+    def _perhaps_behind(self, tx: Transaction, row: RepoRow) -> RepoRow:
+        """A repository that we hold, some frames of which were refused unseen: directories have been wrong.
+
+        It is fetched when its identity is known again; the directory is asked for that once in a long while.
+        """
+        held = row.state is SyncState.SYNCED and row.rev != "" and row.status.active
+        if not held or self._applier.ephemeral:
+            return row
+        due = tx.now_us + int(self._tools.settings.backfill.retry_max * 1_000_000)
+        return row._replace(state=SyncState.DESYNCHRONIZED, min_rev=max(row.min_rev, row.rev), due=due)
 
     def checked(self, tx: Transaction, did: Did, identity: Identity, status: AccountStatus | None) -> None:
         """The account's PDS told its status; None where its answer says nothing."""
@@ -136,7 +149,7 @@ class Answers:
             if present != words or (new.status is not row.status and not new.status.active):
                 new = new._replace(work=new.work | Work.CHECK_STATUS)
         if new.error.startswith("identity_gone"):
-            new = new._replace(error="")
+            new = new._replace(error="", due=min(new.due, tx.now_us))
         return new
 
 

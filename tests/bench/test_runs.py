@@ -77,6 +77,20 @@ def test_gc_churns_and_kills(
     assert not list(tmp_path.glob("gc-*")), "the stores are gone"
 
 
+@pytest.mark.slow
+@pytest.mark.limit(120)
+def test_gc_uses_a_store_that_is_loaded_already(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.gc, "_TAIL", 1_000)
+    data = ("--data", str(tmp_path / "loaded"))
+    first = _result(capsys, tmp_path, "gc", "1000", *data)
+    again = _result(capsys, tmp_path, "gc", "1000", *data)
+    assert "start_s_1000" in again
+    assert first.keys() - again.keys() == {"load_records_per_s_1000", "load_peak_mib_1000"}
+    assert (tmp_path / "loaded" / "1000" / "next_record").read_text() == "3000"
+
+
 def test_disk_counts_every_keyspace(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     metrics = _result(capsys, tmp_path, "disk", "100")
     assert metrics["car_ratio_100"] > metrics["car_ratio_without_log_100"]

@@ -320,3 +320,25 @@ async def test_a_host_that_is_no_more_is_looked_up_again(tmp_path: Path) -> None
         await at.node.backfill.add([one.did])
         await at.node.until(lambda: at.equal(one))
         assert at.net.faults.unfired() == []
+
+
+@pytest.mark.parametrize("long", [True, False])
+async def test_what_a_wrong_no_of_the_directory_refused_is_fetched(tmp_path: Path, long: bool) -> None:
+    """With the next hint, or else when the directory is asked again."""
+    kinds = ("status_404", "no_key", "malformed_key", "no_pds")
+    async with scene(tmp_path, backfill={"retry_min": 0.05, "retry_max": 3600 if long else 0.2}) as at:
+        accounts = {kind: at.account() for kind in kinds}
+        await at.settled(*accounts.values())
+        for kind, one in accounts.items():
+            planned(at.net, Fault("plc", kind, DOCUMENT, one.did, times=2))
+            at.rotate(one)
+            at.post(one, 3)
+        await at.node.until(lambda: not at.net.faults.unfired())
+        await at.node.until(lambda: all(not at.row(one).work for one in accounts.values()))
+        assert at.count("/reject/identity") > 0
+        for number, one in enumerate(accounts.values() if long else ()):
+            while not at.row(one).signing_key:
+                at.net.publish(at.net.world.set_handle(one.did, f"h{at.net.relay.seq}-{number}.test"))
+                await at.node.until(lambda: not at.row(one).work & Work.RESOLVE)  # noqa: B023
+                await asyncio.sleep(0)
+        await at.settled(*accounts.values())
