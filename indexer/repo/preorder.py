@@ -47,6 +47,8 @@ _split: Final = re.compile(
     re.DOTALL,
 ).split
 _PARTS: Final = 6  # what lies between two entries, and an entry's five groups
+#: How a node with so many entries begins.
+_STARTS: Final = [NODE_START + head for head in COUNT_HEADS]
 _MAP_OF_TWO: Final = NODE_START[0]
 #: Instead of the first entry's prefix, which is always 0: its key is compared with nothing.
 _FIRST: Final = b"first"
@@ -140,7 +142,7 @@ class Preorder:
         if split is None:
             return None
         place = _Place(self._want, [frame.copy() for frame in self._stack], self._layer, list(self._order))
-        if not place.run(*split):
+        if not place.run(split):
             return None
         cids, order = found.cids, place.order
         met = len(order)
@@ -222,45 +224,49 @@ def _sections(data: bytes | mmap, at: int, stop: int, largest: int, verify: bool
     return _Sections(at, cids, nodes, starts, ends)
 
 
-#: values, child before the first key, child behind each key
-_Fields = tuple[list[Cid], Cid | None, list[Cid | None]]
+class _Nodes(NamedTuple):
+    """The entries of all nodes of a window, and of each node (number of entries, child before the first)."""
+
+    keys: list[bytes]
+    values: list[Cid]
+    kids: list[Cid | None]  # behind each key
+    nodes: list[tuple[int, Cid | None]]
 
 
-def _split_nodes(nodes: list[bytes]) -> tuple[list[bytes], list[_Fields]] | None:
-    """(keys of all nodes, fields of each): `node.split_node` for many. None when one is not canonical."""
-    suffixes: list[bytes] = []
-    prefixes: list[bytes] = []
-    heads: list[bytes] = []
-    fields: list[_Fields] = []
-    split, counts, first = _split, COUNT_HEADS, _FIRST
-    for block in nodes:
+def _split_nodes(blocks: list[bytes]) -> _Nodes | None:
+    """`node.split_node` for many; None when one is not canonical."""
+    flat: list[Any] = []
+    nodes: list[tuple[int, Cid | None]] = []
+    filled = 0
+    split, starts, first = _split, _STARTS, _FIRST
+    for block in blocks:
         parts: list[Any] = split(block)
+        rest = parts.pop()
         count = len(parts) // _PARTS
         if count:
-            if count > MAX_ENTRIES or any(parts[_PARTS:-1:_PARTS]) or parts[3] != b"\0":
+            if count > MAX_ENTRIES or parts[0] != starts[count] or parts[3] != b"\0":
                 return None
             parts[3] = first
-            heads += parts[1::_PARTS]
-            suffixes += parts[2::_PARTS]
-            prefixes += parts[3::_PARTS]
-            if parts[0] != NODE_START + counts[count]:
-                return None
-            rest = parts[-1]
-        else:
-            rest = block[4:]
-            if block[3] != 0x80:
-                return None
-        if rest == b"al\xf6":
-            left = None
-        elif len(rest) == 43 and rest.startswith(b"al" + NODE_LINK):
-            left = rest[7:]
+            flat += parts
+            filled += 1
+        elif block.startswith(starts[0]):
+            rest = block[len(starts[0]) :]
         else:
             return None
-        fields.append((parts[5::_PARTS], left, parts[4::_PARTS]))
-    if list(map(_LENGTHS.get, heads)) != list(map(len, suffixes)):
+        if rest == b"al\xf6":
+            nodes.append((count, None))
+        elif len(rest) == 43 and rest.startswith(b"al" + NODE_LINK):
+            nodes.append((count, rest[7:]))
+        else:
+            return None
+    between = flat[0::_PARTS]  # each node's start is there; between two entries there must be nothing
+    suffixes = flat[2::_PARTS]
+    if len(between) - between.count(b"") != filled:
         return None
-    keys = _keys(suffixes, prefixes)
-    return None if keys is None else (keys, fields)
+    if list(map(_LENGTHS.get, flat[1::_PARTS])) != list(map(len, suffixes)):
+        return None
+    keys = _keys(suffixes, flat[3::_PARTS])
+    return None if keys is None else _Nodes(keys, flat[5::_PARTS], flat[4::_PARTS], nodes)
 
 
 def _keys(suffixes: list[bytes], prefixes: list[bytes]) -> list[bytes] | None:
@@ -300,44 +306,44 @@ class _Place:
         self.keys: list[bytes] = []
         self.layers: list[list[bytes]] = [[] for _ in range(layer + 1)]
 
-    def run(self, keys: list[bytes], fields: list[_Fields]) -> bool:
+    def run(self, found: _Nodes) -> bool:
         """False when a node is out of place."""
-        if self.layer < 0 and fields:
-            if not fields[0][0]:
+        keys, values, kids, nodes = found
+        if self.layer < 0 and nodes:
+            if not nodes[0][0]:
                 return False
             self.layer = key_layer(keys[0])  # the root comes first
             self.layers = [[] for _ in range(self.layer + 1)]
-        stack, order, passed, bottom = (
-            self.stack,
-            self.order,
-            self.keys,
-            self.layers[0] if self.layers else [],
-        )
-        at = 0
-        for values, left, kids in fields:
+        stack, order, passed = self.stack, self.order, self.keys
+        bottom = self.layers[0] if self.layers else []
+        at = entered = 0
+        for count, left in nodes:
             if self.want is None:
                 return False
             order.append(self.want)
-            stop = at + len(values)
+            stop = at + count
             own = keys[at:stop]
-            at = stop
             below = self.layer - len(stack)
             if below == 0:
-                if not own or left is not None or kids.count(None) != len(kids):
+                if not count or left is not None:
                     return False
                 bottom += own
                 passed += own
-                order += values
+                order += values[at:stop]
+                at = stop
             else:
-                if below < 0 or (not own and left is None):
+                if below < 0 or (not count and left is None):
                     return False
                 self.layers[below] += own
-                stack.append([own, values, [left, *kids], 0])
+                behind = kids[at:stop]
+                entered += count - behind.count(None)
+                stack.append([own, values[at:stop], [left, *behind], 0])
+                at = stop
                 if left is not None:
                     self.want = left
                     continue
             self._advance()
-        return True
+        return entered == len(kids) - kids.count(None)  # none is on layer 0
 
     def _advance(self) -> None:
         """Passes the records up to the next child of an open node; its CID is ``want`` then, or None."""

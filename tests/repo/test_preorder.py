@@ -71,6 +71,16 @@ def test_every_place_of_a_block_in_order_can_be_disturbed(verify: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("block", [b"\xa2ae", b"\xa2ae\x80", b"\xa2ae\x81al\xf6", b"\xa2ae\x80al\xf6", b""])
+def test_what_only_begins_like_a_node_is_a_record_where_it_stands_as_one(block: bytes) -> None:
+    made = repository({**bodies(20), "com.example.b/node": block})
+    for blocks in (made.blocks, [*made.blocks, block], [*made.blocks, made.blocks[1]]):
+        car = made.car(blocks)
+        for verify in (True, False):
+            rows = index_repo(car, verify_hashes=verify).records
+            assert [(path, cid, car[start:end]) for path, cid, start, end in rows] == made.rows
+
+
 def test_limits_are_those_of_the_general_walk() -> None:
     car = repository(bodies(60)).car()
     for limits in (Limits(max_blocks=30), Limits(max_block=50), Limits(max_block=20_000, max_blocks=99)):
