@@ -130,7 +130,7 @@ class Scene:
     async def counted(self, lane: str, before: Counter[str], names: Iterable[str]) -> None:
         """Waits until all of these were counted since ``before``."""
         try:
-            async with asyncio.timeout(8):
+            async with asyncio.timeout(12):
                 await self.node.until(lambda: all((self.counts(lane) - before)[name] for name in names))
         except TimeoutError:
             raise AssertionError(f"{list(names)} expected, counted {self.counts(lane) - before}") from None
@@ -138,7 +138,7 @@ class Scene:
     async def settled(self) -> None:
         """Waits until the node is at rest; says what is missing when it never is."""
         try:
-            async with asyncio.timeout(8):
+            async with asyncio.timeout(12):
                 await self.node.until(self.at_rest)
         except TimeoutError:
             raise AssertionError(

@@ -17,6 +17,7 @@ import pytest
 from indexer.ingest import due
 from indexer.simulator.account import ACTIVE
 from indexer.simulator.lie_kinds import KINDS, Kind
+from indexer.simulator.lie_sockets import SILENT_S
 from tests.paths import ROOT
 from tests.scenarios.scene import Scene, scene
 
@@ -26,6 +27,8 @@ SLOW = frozenset({"quiet", "stalled"})
 ALONE = frozenset({"reset_told", "reset_silent"})
 #: Refused, but not for what is in the frame: nothing of it is kept for people to look at.
 UNKEPT = frozenset({"frame_stuck", "unregistered", "account_foreign"})
+#: Kinds that end a connection on their way to what is expected of them.
+CUTTING = frozenset({"frame_stuck", "word_repeated", "reset_told", "reset_silent"})
 
 
 class Stage:
@@ -128,12 +131,20 @@ async def _scenario(scene: Scene, kind: Kind, lane: str) -> None:
     await scene.counted(lane, before, kind.expect)
 
     assert scene.network.lies.told[kind.name] == told + 1
+    if kind.name == "quiet":  # what is said meanwhile comes late, on the same connection
+        await scene.node.until(lambda: not any(line.turns for line in scene.network.lanes[lane].lines))
+        started = asyncio.get_running_loop().time()
+        await scene.ready(lane, did)
+        assert asyncio.get_running_loop().time() - started > SILENT_S / 2
     if kind.needs == "inactive":
         assert did is not None
         scene.act(world.set_status(did, ACTIVE))
     await scene.settled()
     found = scene.counts(lane) - before
     assert {name: found[name] for name in kind.expect} == dict.fromkeys(kind.expect, 1), found
+    if kind.name not in CUTTING:
+        connections = {name for name in found if name.startswith("connection/")}
+        assert connections == {name for name in kind.expect if name.startswith("connection/")}
     rejects = {name: n for name, n in found.items() if name.startswith("reject/")}
     assert rejects == {name: 1 for name in kind.expect if name.startswith("reject/")}
     seq = lie["lanes"][lane]
