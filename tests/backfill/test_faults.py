@@ -214,6 +214,28 @@ async def test_hosts_that_stall_do_not_hold_up_the_others(tmp_path: Path) -> Non
         assert all(not world.records(one) for one in bad)
 
 
+async def test_endless_bodies_stay_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {**LIMITS, "max_car_mib": 4, "inflight_mib": 4, "concurrency": 6, "per_host": 6}
+    async with simulated(tmp_path, backfill=limits) as (net, world):
+        budget = world.backfill.tools.budget
+        peak, add = 0, budget.add
+
+        def counted(size: int) -> None:
+            nonlocal peak
+            add(size)
+            peak = max(peak, budget.used)
+
+        monkeypatch.setattr(budget, "add", counted)
+        accounts = [account(net, 3, pds=1) for _ in range(6)]
+        with faulty(net, Fault("pds1", "endless", GET_REPO)):
+            await world.backfill.add([one.did for one in accounts])
+            await world.running(lambda: all(world.row(one).attempt for one in accounts))
+        assert {reason(world.row(one)) for one in accounts} == {"too_large"}
+        # The oldest may always go on, up to the largest CAR; each other one by what it had asked for.
+        assert 4 << 20 <= peak <= (4 + 4) * (1 << 20) + 6 * (1 << 18)
+        assert (budget.used, world.spooled()) == (0, [])
+
+
 async def test_a_hosts_404_is_no_fault_of_the_host(tmp_path: Path) -> None:
     async with simulated(tmp_path) as (net, world):
         gone = [account(net, 3, pds=1) for _ in range(FAULTS_BEFORE_PENALTY + 3)]

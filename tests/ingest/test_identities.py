@@ -312,6 +312,7 @@ async def test_resyncs_from_lying_hosts_are_done_once_they_tell_the_truth(tmp_pa
         )
 
 
+@pytest.mark.slow
 async def test_a_host_that_is_no_more_is_looked_up_again(tmp_path: Path) -> None:
     """Without a relay to ask, after a lie of the directory, and with no frame that tells."""
     async with scene(tmp_path, ["pds0"]) as at:
