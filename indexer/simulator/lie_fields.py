@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
-from indexer.simulator.cbor import RAW, Link
+from indexer.simulator.cbor import RAW, Link, block_cid, encode
 from indexer.simulator.draft import Draft
 from indexer.simulator.lie_base import Kind, Tamper, beside, creates, instead
 from indexer.simulator.wire import car
@@ -92,8 +92,6 @@ def _padded(size: int) -> Tamper:
 
 
 def padded(draft: Draft, rng: Random, size: int) -> bytes:
-    from indexer.simulator.cbor import block_cid, encode
-
     padding = [encode({"pad": rng.randbytes(min(size, 900_000))}) for _ in range(-(-size // 900_000))]
     return car(draft.commit_cid, [*draft.sections, *((block_cid(block), block) for block in padding)])
 

@@ -106,6 +106,12 @@ def kinds() -> Iterator[Kind]:
     )  # fmt: skip
     for name, about, tell in frames:
         yield Kind(name, "0", about, bad, tell)
+    yield from _of_frames()
+    yield from _of_connections()
+    yield from _of_words()
+
+
+def _of_frames() -> Iterator[Kind]:
     yield Kind(
         "frame_text", "0", "a text frame", ("connection/text_frame",), _turn(Turn(b"hello", text=True))
     )
@@ -118,6 +124,9 @@ def kinds() -> Iterator[Kind]:
     yield Kind("seq_lower", "§1", "a lower seq on one socket", order, _again(1))
     yield Kind("seq_missing", "1", "a message without a seq", ("reject/fields",), _seqless())
     yield Kind("seq_type", "1", "a seq below 1", ("reject/fields",), _seqless(seq=-1))
+
+
+def _of_connections() -> Iterator[Kind]:
     yield Kind(
         "cut", "§1", "the connection ends without a word", ("connection/closed",), _turn(Turn(cut=True))
     )
@@ -126,6 +135,14 @@ def kinds() -> Iterator[Kind]:
                _turn(Turn(silent_s=SILENT_S)), chance=False)  # fmt: skip
     yield Kind("stalled", "§1", "the socket is dead, but open", ("connection/closed",),
                _turn(Turn(silent_s=SILENT_S, deaf=True)), chance=False)  # fmt: skip
+    yield Kind("reset_told", "§1", "numbering begins anew; the old cursor is refused",
+               ("error/FutureCursor", "connection/FutureCursor"), _reset(mute=False), "nobody",
+               chance=False)  # fmt: skip
+    yield Kind("reset_silent", "§1", "numbering begins anew, and nobody says so", ("note/stream_reset",),
+               _reset(mute=True), "nobody", chance=False)  # fmt: skip
+
+
+def _of_words() -> Iterator[Kind]:
     info = info_frame("OutdatedCursor", "Requested cursor exceeded limit.")
     yield Kind("info_outdated", "#info", "the cursor is too old", ("info/OutdatedCursor",), _turn(Turn(info)))
     yield Kind("info_unknown", "#info", "an info of no known name", ("info/other",),
@@ -140,8 +157,3 @@ def kinds() -> Iterator[Kind]:
                _turn(Turn(error_frame("Oops" * 999, "x"), close=True)))  # fmt: skip
     yield Kind("word_repeated", "#account", "a replay repeats a word on an account's status",
                ("drop/stale_word",), _overlap)  # fmt: skip
-    yield Kind("reset_told", "§1", "numbering begins anew; the old cursor is refused",
-               ("error/FutureCursor", "connection/FutureCursor"), _reset(mute=False), "nobody",
-               chance=False)  # fmt: skip
-    yield Kind("reset_silent", "§1", "numbering begins anew, and nobody says so", ("note/stream_reset",),
-               _reset(mute=True), "nobody", chance=False)  # fmt: skip

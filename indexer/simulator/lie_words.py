@@ -115,8 +115,15 @@ def _unknown_op(telling: Telling) -> None:
 
 
 def kinds() -> Iterator[Kind]:
-    sync, account, identity, other = "#sync", "#account", "#identity", "§1"
+    yield from _of_syncs()
+    yield from _of_accounts()
+
+
+def _of_syncs() -> Iterator[Kind]:
+    sync = "#sync"
     yield Kind("sync_signature", "12", "a #sync signed by another key", ("reject/signature",), _sync(_forged))
+    yield Kind("sync_foreign", "4", "a PDS tells a #sync of an account that lives elsewhere",
+               ("reject/authority",), _sync(lambda draft, telling: {}), "foreign")  # fmt: skip
     yield Kind("sync_old", sync, "a #sync older than the repository", ("drop/stale_rev",),
                _sync(lambda draft, telling: {}, ahead=-30 * _DAY))  # fmt: skip
     yield Kind("sync_future", "7", "a #sync from tomorrow", ("reject/future_rev",),
@@ -146,6 +153,10 @@ def kinds() -> Iterator[Kind]:
     yield Kind(
         "sync_other_data", sync, "a #sync where a commit should be", ("desync/sync",), _sync_of_new_data
     )
+
+
+def _of_accounts() -> Iterator[Kind]:
+    account, identity, other = "#account", "#identity", "§1"
     yield Kind("identity_handle", identity, "a handle that the account does not have", ("ok/identity",),
                _identity(handle="somebody.else.test"))  # fmt: skip
     yield Kind("identity_fields", "1", "an #identity without a time", FIELDS, _identity(time="noon"))
@@ -158,8 +169,6 @@ def kinds() -> Iterator[Kind]:
                _account(active=False, status="asleep"))  # fmt: skip
     yield Kind("account_throttled", account, "legal: active, but throttled", ("ok/account",),
                _account(status="throttled"))  # fmt: skip
-    yield Kind("sync_foreign", "4", "a PDS tells a #sync of an account that lives elsewhere",
-               ("reject/authority",), _sync(lambda draft, telling: {}), "foreign")  # fmt: skip
     yield Kind("account_foreign", "4", "a PDS tells the status of an account that lives elsewhere",
                ("reject/authority",), _account(active=False, status="deleted"), "foreign")  # fmt: skip
     yield Kind("type_unknown", other, "a message of an unknown type", ("drop/unknown_type",),
