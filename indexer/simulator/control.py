@@ -49,11 +49,6 @@ def control_app(network: SimulatedNetwork) -> web.Application:
             return reply(network.faults.state())
         return reply(network.faults.command(await _body(request)))
 
-    async def lies(request: web.Request) -> web.StreamResponse:
-        if request.method == "POST":
-            _plan_lies(network, await _body(request))
-        return reply(network.lies.ledger())
-
     async def pause(request: web.Request) -> web.StreamResponse:
         return reply({"seq": await network.pause(), "commits": network.commits})
 
@@ -88,9 +83,18 @@ def control_app(network: SimulatedNetwork) -> web.Application:
     app.router.add_post("/resume", resume)
     app.router.add_post("/rate", rate)
     app.router.add_post("/act", act)
-    app.router.add_get("/lies", lies)
-    app.router.add_post("/lies", lies)
+    app.router.add_get("/lies", _lies(network))
+    app.router.add_post("/lies", _lies(network))
     return app
+
+
+def _lies(network: SimulatedNetwork) -> Handler:
+    async def lies(request: web.Request) -> web.StreamResponse:
+        if request.method == "POST":
+            _plan_lies(network, await _body(request))
+        return reply(network.lies.ledger())
+
+    return lies
 
 
 @web.middleware
