@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from indexer.atproto.frames import CommitFrame, SyncFrame, decode_frame
-from indexer.atproto.types import Did, DidKey, Rev
+from indexer.atproto.types import Did, DidKey
 from indexer.errors import FrameError, IdentityGone, StoreError, WorkerDied
 from indexer.ingest.answers import Answers
 from indexer.ingest.apply import Applier, Arrival, label
@@ -29,7 +29,7 @@ from indexer.store.transaction import Transaction
 
 log = structlog.get_logger()
 
-#: Frames of one rev must fit in a portion: a commit and a sync from each source.
+#: Frames of a portion, where batches are small.
 _LEAST_PORTION = 64
 #: Frames that came in while a portion was verified, up to so many, are verified in the writer's turn.
 _LATE_FRAMES = 32
@@ -135,28 +135,20 @@ class Drainer:
         return Progress.EMPTY
 
     def _replay_known(self, tx: Transaction, did: Did, portion: Portion, fresh: bool) -> Progress:
-        """Replays the buffer's front as far as it is what was verified, and drops it rev by rev."""
+        """Replays the buffer's front as far as it is what was verified; what is replayed is dropped.
+
+        One by one, so that a frame whose outcome is counted is never met again: another frame of its rev may
+        have come in meanwhile, or need a fresh identity first.
+        """
         known = {frame[:3]: index for index, frame in enumerate(portion.frames)}
-        done: Rev = ""
-        last: Rev = ""
-        progress = Progress.MORE
         for waiting in tx.buffered(did, limit=len(portion.frames) + 1):
-            if waiting.rev != last:
-                done = last
             index = known.get(waiting[:3])
             if index is None or portion.frames[index].data != waiting.data:
-                last = waiting.rev
                 break
             if not self._replay_one(tx, did, portion, index, fresh):
-                last = waiting.rev
-                progress = Progress.STALE_KEY
-                break
-            last = waiting.rev
-        else:
-            done = last
-        if done:
-            tx.drop_buffered(did, done)
-        return progress
+                return Progress.STALE_KEY
+            tx.drop_buffered_frame(did, waiting)
+        return Progress.MORE
 
     def _replay_one(self, tx: Transaction, did: Did, portion: Portion, index: int, fresh: bool) -> bool:
         """One frame; false when it needs a fresh identity."""

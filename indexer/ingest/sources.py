@@ -241,7 +241,9 @@ class Sources:
             if position.accept() is None:
                 raise RequestError(f"{followed.name} goes on with the numbering of its cursor", status=409)
             await self._disconnect(followed)
-            cursor = position.accept() or position.stored
+            cursor = position.accept()
+            if cursor is None:  # what was on its way reached the old number: it is the new one, too
+                cursor = position.stored
             await self._store_cursor(followed, cursor)
             return cursor
 

@@ -206,5 +206,6 @@ _ACTIONS: dict[str, Callable[[SimulatedNetwork, dict[str, Any]], dict[str, Any]]
         network, network.world.change_key(body["did"], curve=body.get("curve"), pds=int(body["pds"]))
     ),
     "lie": lambda network, body: network.lies.tell(body["kind"], did=body.get("did"), lanes=_lanes(body)),
+    "announce": lambda network, body: _published(network, network.world.announce(body["did"])),
     "sync": lambda network, body: _published(network, network.world.sync(body["did"])),
 }

@@ -78,6 +78,7 @@ class World:
             "handle": self._restore_handle,
             "key": self._restore_key,
             "sync": lambda row: None,
+            "announce": lambda row: None,
             "lie": lambda row: None,
         }
 
@@ -213,6 +214,18 @@ class World:
             raise ActionError(f"account is {account.status}: {did}")
         self._see(account)
         return Happening(self._row("sync", account), [self._sync_frame(account, self.clock())])
+
+    def announce(self, did: str) -> Happening:
+        """What is true of the account, said once more: its status, its identity, its head."""
+        account = self.account(did)
+        self._see(account)
+        now = self.clock()
+        if account.status == DELETED:
+            return Happening(self._row("announce", account), [self._account_frame(account, now)])
+        frames = self._announce(account, now)
+        if account.status == ACTIVE:
+            frames.append(self._sync_frame(account, now))
+        return Happening(self._row("announce", account), frames)
 
     # -- journal
 

@@ -99,6 +99,14 @@ class SideVerbs(Group):
             self._count_buffer(did, -frames, -size)
         return frames
 
+    def drop_buffered_frame(self, did: Did, frame: BufferedFrame) -> None:
+        """Drop one waiting frame, if it still waits as it is."""
+        key = (did, frame.rev, frame.kind, frame.source)
+        waiting = self.get(RESYNC_BUFFER, key)
+        if waiting is not None and waiting[1] == frame.data:
+            self.delete(RESYNC_BUFFER, key)
+            self._count_buffer(did, -1, -len(frame.data))
+
     def buffer_size(self, did: Did) -> tuple[int, int]:
         """Waiting (frames, bytes) of a repository."""
         return self.count(f"buffer/{did}/frames"), self.count(f"buffer/{did}/bytes")

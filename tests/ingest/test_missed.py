@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from indexer.atproto.frames import decode_frame
 from indexer.atproto.types import Rev
-from indexer.ingest import pipeline
+from indexer.ingest import drain, pipeline
 from indexer.ingest.apply import SYNC_BLOCKS_BYTES, Arrival, Result
 from indexer.ingest.machine import Act
 from indexer.ingest.suspects import verified
@@ -132,6 +132,31 @@ async def test_the_cursor_stands_at_what_is_committed_not_at_what_was_received(
         assert node.seqs() == [before + 1]
         second.set()
         await node.until(lambda: holds(node, forge))
+
+
+async def test_a_frame_that_was_replayed_is_not_met_again_when_another_of_its_rev_comes_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world() as net, net.node(tmp_path) as node:
+        forge = net.account()
+        net.send(forge.parts())
+        await node.until(lambda: holds(node, forge) and not row_of(node, forge).work)
+        waiting = forge.posts(1)
+        data, rev = waiting.encode(), waiting.rev
+
+        def buffer(source: str) -> Callable[[Transaction], object]:
+            return lambda tx: tx.buffer_frame(forge.did, rev, "commit", source, data)
+
+        async def late(tools: IngestTools, items: Sequence[Item]) -> list[Verdict]:
+            await node.writer.run("late", buffer("two"))
+            return await verified(tools, items)
+
+        monkeypatch.setattr(drain, "verified", late)
+        await node.writer.run("first", buffer("one"))
+        assert await node.ingest.drain(forge.did)
+        assert node.db.counts("ingest/one/") == {"ingest/one/ok/commit": 1}
+        assert node.db.counts("ingest/two/") == {"ingest/two/drop/stale_rev": 1}
+        assert node.db.count("buffer/frames") == 0
 
 
 def arrive(node: Node, tx: Transaction, forge: Forge, parts: Parts, source: str) -> Result:

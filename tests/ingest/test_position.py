@@ -87,6 +87,21 @@ async def test_a_reset_is_seen_again_after_a_restart_until_it_is_accepted(tmp_pa
             assert notes(node, upstream) == {"stream_reset": 1}
 
 
+async def test_a_numbering_that_is_accepted_before_its_first_message_is_read_from_its_oldest(
+    tmp_path: Path,
+) -> None:
+    async with scripted() as upstream:
+        upstream.answer = lambda _cursor: [event(100)]
+        async with following(tmp_path, upstream) as node:
+            await node.until(stored(node, upstream, 100))
+            upstream.answer = lambda cursor: [] if cursor == "0" else [error_frame("FutureCursor", "no")]
+            await upstream.drop()
+            await node.until(lambda: of(node, upstream.url)["renumbered"])
+            assert await node.ingest.sources.accept(upstream.url) == 0
+            assert stored(node, upstream, 0)()
+            assert not of(node, upstream.url)["renumbered"]
+
+
 async def test_a_cursor_from_the_future_skips_nothing_that_is_retained(tmp_path: Path) -> None:
     async with scripted() as upstream:
         upstream.answer = lambda _cursor: [event(100)]

@@ -323,3 +323,20 @@ def test_getrepo_blocks_and_proofs_lead_from_the_commit_to_the_record() -> None:
     proof = {cid_text(cid) for cid, _ in account.proof(path)}
     assert cid_text(account.records[path].cid) in proof
     assert cid_text(account.data) in proof
+
+
+def test_an_account_is_announced_as_it_is_whatever_that_is() -> None:
+    world = World(1, 1, Clock(1_700_000_000_000_000))
+    did = str(world.create().row["did"])
+    kinds = {}
+    for status in ("active", "deactivated", "deleted"):
+        if status != "active":
+            world.set_status(did, status)
+        before = world.account(did).rev
+        kinds[status] = [frame.kind for frame in world.announce(did).frames]
+        assert world.account(did).rev == before
+    assert kinds == {
+        "active": ["#account", "#identity", "#sync"],
+        "deactivated": ["#account", "#identity"],
+        "deleted": ["#account"],
+    }

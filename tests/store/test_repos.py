@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from indexer.store import keyspaces
-from indexer.store.codecs import NEW_REPO, AccountStatus, SyncState, did_range
+from indexer.store.codecs import NEW_REPO, AccountStatus, BufferedFrame, SyncState, did_range
 from indexer.store.keyspaces import BLOCK_REFS, BLOCKS, GC_QUEUE, PENDING, QUARANTINE
 from indexer.store.transaction import Transaction
 from tests.store.support import ALICE, BOB, LIKE, POST, REV, SYNCED, Store, opened, put_step
@@ -234,6 +234,24 @@ async def test_waiting_frames_come_back_in_order_and_go_up_to_a_rev(tmp_path: Pa
         assert len(await store.writer.run("read", lambda tx: tx.buffered(ALICE, limit=9))) == 1
         assert await store.writer.run("drop", lambda tx: tx.drop_buffered(ALICE)) == 1
         assert store.db.counts("buffer") == {}
+        store.assert_clean()
+
+
+async def test_one_waiting_frame_is_dropped_as_long_as_it_is_the_one_that_was_read(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        for data in (b"one", b"another"):
+            await buffer(store, REV, data)
+            await buffer(store, REV + "z", b"later")
+        one, other, later = (
+            BufferedFrame(rev, "commit", "s", data)
+            for rev, data in ((REV, b"one"), (REV, b"another"), (REV + "z", b"later"))
+        )
+        assert await store.writer.run("read", lambda tx: tx.buffered(ALICE)) == [other, later]
+        await store.do(lambda tx: tx.drop_buffered_frame(ALICE, one))
+        assert await store.writer.run("read", lambda tx: tx.buffered(ALICE)) == [other, later]
+        await store.do(lambda tx: tx.drop_buffered_frame(ALICE, other))
+        assert await store.writer.run("read", lambda tx: tx.buffered(ALICE)) == [later]
+        assert await store.writer.run("size", lambda tx: tx.buffer_size(ALICE)) == (1, 5)
         store.assert_clean()
 
 
