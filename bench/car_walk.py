@@ -108,14 +108,16 @@ async def _nothing() -> None:
 
 async def drive(file: Path, streaming: bool) -> int:
     """Every record of a file by `DriverBuilder`, on disk unless ``streaming`` spares it; their bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        match await DriverBuilder(_LIMIT, streaming=streaming).load_car(_pieces(file)):
-            case Driver.Memory(_, driver):
+    match await DriverBuilder(_LIMIT, streaming=streaming).load_car(_pieces(file)):
+        case Driver.Memory(_, driver):
+            return await _total(driver)
+        case Driver.Disk(need_disk):
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                DiskBuilder().open(Path(folder) / "spill") as store,
+            ):
+                _, driver = await need_disk.finish_loading(store)
                 return await _total(driver)
-            case Driver.Disk(need_disk):
-                with DiskBuilder().open(Path(folder) / "spill") as store:
-                    _, driver = await need_disk.finish_loading(store)
-                    return await _total(driver)
 
 
 async def _total(driver: RecordWalk) -> int:

@@ -7,8 +7,9 @@ so memory does not grow with the repository. Decides only what every good archiv
 anything else makes it answer None and stay as it was, for the walk that takes blocks in any order.
 Pure state machine, any thread.
 
-Where the time goes (5 MiB, 13,196 records): nodes 35 %, sections and hashes 35 %, key layers 15 %. Work is
-done for a window at a time, in lists that one call fills or compares, and that fit the processor's cache.
+Where the time goes (5 MiB, 13,196 records): sections 16 % and their hashes 30 %, taking nodes apart 24 %, key
+layers 12 %, places in the tree 11 %. Work is done for a window at a time, in lists that one call fills or
+compares, and that fit the processor's cache.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The records of a whole repository by their offsets: a sequence that takes some 50 bytes a record.
 
 Owns the compact form (the paths of a run in one string, the offsets in arrays) and gives out the usual tuples
-while it is iterated. A tuple, a string and a CID kept for every record cost eight times as much memory, and a
-walk then spends its time on fresh pages. Reads the buffer for the CIDs, which stand before the blocks.
+while it is iterated. A tuple, a string and a CID kept for every record take nearly six times as much memory,
+and a walk then spends its time on fresh pages. Reads the buffer for the CIDs, which stand before the blocks.
 """
 
 from __future__ import annotations
