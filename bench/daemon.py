@@ -107,6 +107,7 @@ async def running_daemon(
             "management.bind": f"{_LOOPBACK}:{management}",
             "network.allow_private": True,
             "log.level": "warning",
+            "hosts.requests_per_s": 0,
             **settings,
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}

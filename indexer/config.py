@@ -25,12 +25,14 @@ from indexer.errors import ConfigError
 from indexer.setting_groups import ArchiveSettings as ArchiveSettings
 from indexer.setting_groups import AuditSettings as AuditSettings
 from indexer.setting_groups import BackfillSettings as BackfillSettings
+from indexer.setting_groups import CrawlerSettings as CrawlerSettings
 from indexer.setting_groups import DiskSettings as DiskSettings
 from indexer.setting_groups import DurabilitySettings as DurabilitySettings
 from indexer.setting_groups import EphemeralSettings as EphemeralSettings
 from indexer.setting_groups import EventsSettings as EventsSettings
 from indexer.setting_groups import FilterSettings as FilterSettings
 from indexer.setting_groups import GcSettings as GcSettings
+from indexer.setting_groups import HostSettings as HostSettings
 from indexer.setting_groups import IdentitySettings as IdentitySettings
 from indexer.setting_groups import IngestSettings as IngestSettings
 from indexer.setting_groups import ListenerSettings as ListenerSettings
@@ -51,13 +53,15 @@ from indexer.setting_values import (
     check_lists,
     describe,
 )
+from indexer.setting_values import CRAWLER_MODES as CRAWLER_MODES
 from indexer.setting_values import check_address as check_address
 from indexer.setting_values import parse_bind as parse_bind
+from indexer.setting_values import parse_crawler_source as parse_crawler_source
 from indexer.setting_values import parse_duration as parse_duration
 
 ENV_PREFIX = "INDEXER_"
 #: Settings that are never shown.
-SECRETS = frozenset({"management.token"})
+SECRETS = frozenset({"management.token", "backfill.proxies"})
 
 
 class Settings(BaseSettings):
@@ -95,6 +99,8 @@ class Settings(BaseSettings):
     disk: DiskSettings = DiskSettings()
     ingest: IngestSettings = IngestSettings()
     backfill: BackfillSettings = BackfillSettings()
+    hosts: HostSettings = HostSettings()
+    crawler: CrawlerSettings = CrawlerSettings()
     archive: ArchiveSettings = ArchiveSettings()
     audit: AuditSettings = AuditSettings()
     xrpc: XrpcSettings = XrpcSettings()

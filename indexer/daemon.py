@@ -21,8 +21,10 @@ from indexer.atproto.types import Did
 from indexer.backfill import Backfill
 from indexer.cas import FsBlobStore
 from indexer.config import Settings
+from indexer.crawl.service import Crawler
 from indexer.errors import IndexerError
 from indexer.identity.http import HttpClient
+from indexer.identity.proxies import Proxies
 from indexer.identity.resolver import Resolver
 from indexer.ingest import Ingest
 from indexer.ingest.audit import Auditor
@@ -66,6 +68,7 @@ class Daemon:
         self.writer: Writer
         self.ingest: Ingest
         self.backfill: Backfill
+        self.crawler: Crawler
         self.services: Services
         self.public: PublicServer
         self.management: ManagementServer
@@ -98,7 +101,9 @@ class Daemon:
         verifiers, workers = Pool(settings.verifiers), Pool(settings.backfill.processes)
         self._on_stop(verifiers.stop)
         self._on_stop(workers.stop)
-        http = await self._stack.enter_async_context(HttpClient(settings.network))
+        limits = settings.backfill
+        proxies = Proxies(limits.proxies, limits.proxy_rest) if limits.proxies else None
+        http = await self._stack.enter_async_context(HttpClient(settings.network, proxies=proxies))
         resolver = Resolver(http, settings)
         filters = Filters.of(settings.filter).with_rows(self.db.filters())
         revisit = Revisit(self.db, self.writer, settings)
@@ -109,7 +114,7 @@ class Daemon:
         archives = await self._open_archives()
         self.backfill = Backfill(
             self.db, self.writer, workers, resolver, http, settings,
-            drain=self.ingest.drain, woken=self.ingest.wake, archives=archives,
+            drain=self.ingest.drain, woken=self.ingest.wake, archives=archives, bans=self.ingest.bans,
         )  # fmt: skip
         store_workers: dict[str, StoreWorker] = {
             "checkpoint": CheckpointWorker(self.db, self.writer, settings.gc),

@@ -12,13 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from indexer.setting_values import (
     Bind,
+    CrawlerSources,
     Dids,
     Duration,
+    HostRules,
     Items,
     Networks,
     NsidPatterns,
+    Proxies,
     Retention,
+    Tiers,
     is_loopback,
+    parse_host_rule,
+    parse_tier,
 )
 
 
@@ -192,14 +198,95 @@ class BackfillSettings(Section):
     source: Literal["pds", "relay"] = Field("pds", description="where getRepo is asked first")
     max_car_mib: int = Field(2048, ge=1, description="largest repository CAR")
     max_nodes: int = Field(5_000_000, ge=1, description="most tree nodes and records of one repository")
-    inflight_mib: int = Field(256, ge=1, description="bytes of CARs fetched and not yet applied")
+    max_wire_mib: int = Field(2048, ge=1, description="most of one CAR as it is sent, compressed or not")
+    gzip: bool = Field(True, description="let hosts compress the CARs that they send")
+    inflight_mib: int = Field(256, ge=1, description="bytes of CARs fetched and not yet verified")
+    parsed_mib: int = Field(256, ge=1, description="bytes of CARs under verification, or not yet applied")
+    window: int = Field(8000, ge=16, description="due repositories kept in memory, of one host a quarter")
+    stalled_after: Duration = Field(
+        2.0, gt=0, description="silence of a host after which its fetch gives its place to another"
+    )
+    proxies: Proxies = Field(
+        [], description="`http://host:port` proxies that fetches go through, in turn; empty: none"
+    )
+    proxy_rest: Duration = Field(300.0, gt=0, description="longest rest of a proxy that fails")
+    verify_mib: int = Field(
+        16, ge=1, le=1024, description="largest CAR that is verified in memory; a larger one is read in windows"
+    )
     chunk_records: int = Field(1000, ge=1, description="records applied in one step")
+    chunk_kib: int = Field(4096, ge=1, description="record bytes applied in one step")
     timeout: Duration = Field(300.0, gt=0, description="time for one fetch")
     min_kib_per_s: float = Field(8.0, ge=0, description="slowest fetch that is tolerated")
     grace: Duration = Field(20.0, description="time until a fetch is judged by its speed")
     retry_min: Duration = Field(5.0, description="first wait after a failed fetch")
     retry_max: Duration = Field(3600.0, description="longest wait after a failed fetch")
     min_rev_tries: int = Field(5, ge=1, description="fetches below min_rev before one is taken marked")
+
+
+class HostSettings(Section):
+    tiers: Tiers = Field(
+        ["trusted=16/200/0"],
+        description="`name=FETCHES/REQUESTS_PER_S/ACCOUNTS` (0: no limit), beside `default`, which is"
+        " `backfill.per_host`, `hosts.requests_per_s` and `hosts.account_limit`",
+    )
+    rules: HostRules = Field(
+        ["*.host.bsky.network=trusted"], description="`pattern=tier`; the first that fits a host counts"
+    )
+    requests_per_s: float = Field(
+        50.0, ge=0, description="requests a second to one host of the tier `default`; 0 is no limit"
+    )
+    account_limit: int = Field(
+        0, ge=0, description="accounts above which a host of the tier `default` is held back; 0 is no limit"
+    )
+    faults: int = Field(3, ge=1, description="failures in a row after which a host is left alone")
+    rate_limit_wait: Duration = Field(
+        10.0, gt=0, description="first wait after a 429 that does not say how long"
+    )
+    idle_after: Duration = Field(604800.0, gt=0, description="time without an answer until a host is idle")
+    in_memory: int = Field(10_000, ge=64, description="hosts whose state is kept in memory")
+    max_decided: int = Field(10_000, ge=1, description="hosts with a tier, limits or a ban of their own")
+    save_interval: Duration = Field(5.0, gt=0, description="longest time until a host's state is stored")
+    recheck: Duration = Field(
+        86400.0, gt=0, description="time until repositories of a host that is held back are looked at again"
+    )
+
+    @model_validator(mode="after")
+    def _known_tiers(self) -> Self:
+        names = {parse_tier(tier)[0] for tier in self.tiers} | {"default"}
+        for rule in self.rules:
+            if parse_host_rule(rule)[1] not in names:
+                raise ValueError(f"rules: {rule!r} names no tier; there are {', '.join(sorted(names))}")
+        return self
+
+
+class CrawlerSettings(Section):
+    sources: CrawlerSources = Field(
+        [],
+        description="`[mode::]https://host`; modes: `list_repos` (a relay or PDS; default), `by_collection`"
+        " (listReposByCollection), `hosts` (listHosts; each host is then asked for its repositories)",
+    )
+    max_sources: int = Field(64, ge=1, description="sources at one time, settings included")
+    interval: Duration = Field(43200.0, gt=0, description="time from a sweep's beginning to the next one's")
+    concurrency: int = Field(4, ge=1, description="sources and hosts asked for a page at one time")
+    pages_per_s: float = Field(5.0, gt=0, description="pages a second that one source or host is asked for")
+    page_size: int = Field(1000, ge=1, le=2000, description="entries asked for in one page, as far as allowed")
+    max_page_kib: int = Field(4096, ge=1, description="largest page")
+    max_pages: int = Field(200_000, ge=1, description="pages of a source after which a sweep gives up")
+    host_pages: int = Field(5000, ge=1, description="pages of a listed host after which its sweep gives up")
+    page_tries: int = Field(5, ge=1, description="malformed answers in a row that end a sweep")
+    retry_min: Duration = Field(5.0, gt=0, description="first wait after a failed page or question")
+    retry_max: Duration = Field(3600.0, gt=0, description="longest wait after a failed page or question")
+    max_hosts: int = Field(10_000, ge=1, description="hosts kept that `hosts` sources listed")
+    max_collections: int = Field(
+        500, ge=1, description="collections asked for in one sweep, the largest of those seen for a `ns.*`"
+    )
+    max_queued: int = Field(
+        20_000, ge=1, description="repositories due or unchecked above which sweeps pause; they go on below half"
+    )
+    checks: int = Field(8, ge=1, description="accounts at one time whose PDS is asked for their collections")
+    check_tries: int = Field(8, ge=1, description="failures after which an account is not asked about again")
+    check_ttl: Duration = Field(604800.0, gt=0, description="how long an account without a signal is left alone")
+    max_checked: int = Field(1_000_000, ge=0, description="accounts without a signal that are remembered")
 
 
 class ArchiveSettings(Section):

@@ -113,6 +113,68 @@ def _directory(value: str) -> str:
     return check_address(value, ("https", "http"))
 
 
+def parse_tier(value: str) -> tuple[str, int, float, int]:
+    """Name, fetches at one time, requests a second and accounts of ``name=4/50/0``; 0 requests or accounts
+    is no limit."""
+    match = re.fullmatch(r"([a-z][a-z0-9_-]{0,31})=(\d{1,6})/(\d{1,6}(?:\.\d+)?)/(\d{1,12})", value)
+    if match is None or int(match[2]) < 1:
+        raise ValueError(f"not a tier: {value!r}; write it as name=FETCHES/REQUESTS_PER_S/ACCOUNTS")
+    return match[1], int(match[2]), float(match[3]), int(match[4])
+
+
+def _tier(value: str) -> str:
+    parse_tier(value)
+    return value
+
+
+def parse_host_rule(value: str) -> tuple[str, str]:
+    """Pattern and tier of ``*.example.com=name``."""
+    pattern, _, tier = value.partition("=")
+    if not re.fullmatch(r"[a-z0-9.*?:\[\]-]{1,253}", pattern) or not tier:
+        raise ValueError(f"not a rule for hosts: {value!r}; write it as *.example.com=tier, in lower case")
+    return pattern, tier
+
+
+def _host_rule(value: str) -> str:
+    parse_host_rule(value)
+    return value
+
+
+def _proxy(value: str) -> str:
+    bare = urlsplit(value)
+    try:
+        usable = bare.scheme == "http" and bool(bare.hostname) and (bare.port or 80) > 0
+    except ValueError:
+        usable = False
+    if not usable or bare.path.strip("/") or bare.query or value != value.strip():
+        shown = f"{bare.scheme}://…" if "@" in value else repr(value)
+        raise ValueError(f"not a proxy of the form http://host:port, with user:password@ if needed: {shown}")
+    return value
+
+
+#: How a source of the crawler is asked: for all its repositories, for those that hold a collection, or for
+#: hosts, each of which is then asked for its repositories.
+CRAWLER_MODES: Final = ("list_repos", "by_collection", "hosts")
+
+
+def parse_crawler_source(value: str) -> tuple[str, str]:
+    """Mode and origin of ``[mode::]https://host``; without a mode it is ``list_repos``."""
+    mode, found, url = value.partition("::")
+    if not found or "/" in mode:
+        mode, url = CRAWLER_MODES[0], value
+    if mode not in CRAWLER_MODES:
+        raise ValueError(f"no mode of the crawler: {mode[:40]!r}; there are {', '.join(CRAWLER_MODES)}")
+    bare = urlsplit(check_address(url, ("https", "http")))
+    if bare.path.strip("/") or bare.query or bare.fragment or not url.isascii() or not url.isprintable():
+        raise ValueError(f"not an origin of the form https://host: {url[:120]!r}")
+    return mode, f"{bare.scheme}://{bare.netloc.lower()}"
+
+
+def _crawler_source(value: str) -> str:
+    parse_crawler_source(value)
+    return value
+
+
 def _network(value: str) -> str:
     ip_network(value, strict=False)
     return value
@@ -139,7 +201,11 @@ NsidPatterns = Annotated[Items, _each(check_nsid_pattern)]
 Dids = Annotated[Items, _each(check_did)]
 Upstreams = Annotated[Items, _each(_upstream)]
 Directories = Annotated[Items, _each(_directory)]
+Tiers = Annotated[Items, _each(_tier)]
+HostRules = Annotated[Items, _each(_host_rule)]
+Proxies = Annotated[Items, _each(_proxy)]
 Networks = Annotated[Items, _each(_network)]
+CrawlerSources = Annotated[Items, _each(_crawler_source)]
 
 
 def check_lists(tables: dict[str, Any], model: type[BaseModel], prefix: str = "") -> None:

@@ -1,13 +1,14 @@
 """One `getRepo` into a file, within limits.
 
-Owns the spool folder, the meaning of a host's answers, and the limits of a download: bytes, total time,
-mean throughput, the shared budget. Leaves out which host to ask and when to ask again. Event loop only;
-the small file writes go to the page cache.
+Owns the spool folder, the meaning of a host's answers, and the limits of a download: bytes as sent and as
+unpacked, total time, mean throughput, the shared budget. Leaves out which host to ask and when to ask
+again. Event loop only; the small file writes go to the page cache.
 """
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator
 from itertools import count
@@ -19,7 +20,8 @@ import orjson
 
 from indexer.atproto.types import Did
 from indexer.backfill.budget import Share
-from indexer.backfill.hosts import exhausted_s
+from indexer.backfill.verify import table_path
+from indexer.backfill.waits import Allowance, allowance_of
 from indexer.config import BackfillSettings
 from indexer.errors import FetchError, FetchRefused, FetchTransient
 from indexer.identity.http import HttpClient, StreamResponse, asked_wait
@@ -32,12 +34,11 @@ GET_REPO = "/xrpc/com.atproto.sync.getRepo?did="
 
 
 class Fetched(NamedTuple):
-    """A CAR on disk. ``pause`` is how long the host of ``url``, where redirects ended, wants to be left alone
-    from now on, if it said so."""
+    """A CAR on disk. ``allowance`` is what the host of ``url``, where redirects ended, says of its limits."""
 
     path: Path
     size: int
-    pause: float | None
+    allowance: Allowance | None
     url: str
 
 
@@ -52,7 +53,7 @@ class Spool:
         """Makes the folder and removes what a killed process left there."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.iterdir():
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def new(self) -> Path:
         """The name of a CAR that does not exist yet."""
@@ -66,6 +67,7 @@ class Spool:
     def remove(self, car: Path) -> None:
         car.unlink(missing_ok=True)
         self.index_path(car).unlink(missing_ok=True)
+        shutil.rmtree(table_path(car), ignore_errors=True)  # of a verifier that died
 
 
 class Deadline:
@@ -103,21 +105,28 @@ async def fetch_repo(
     now = asyncio.get_running_loop().time
     deadline = Deadline(settings.timeout, settings.min_kib_per_s * 1024, settings.grace, now())
     served = url
-    request = http.stream(url, max_bytes=settings.max_car_mib << 20, timeout=OWN_TIMER_S)
+    wire = settings.max_wire_mib << 20
+    request = http.stream(
+        url, max_bytes=settings.max_car_mib << 20, timeout=OWN_TIMER_S, wire_bytes=wire,
+        gzip=settings.gzip, proxied=True,
+    )  # fmt: skip
+    share.waits(now())
     try:
         async with asyncio.timeout_at(deadline.at(0)) as timer, request as response:
             served = response.url
             if response.status != 200:
                 await _refuse(response, origin)
             await _spool(response.chunks, path, share, deadline, timer)
-            pause = exhausted_s(response.headers, time.time())
+            allowance = allowance_of(response.headers, time.time())
     except TimeoutError as error:
         reason = "timeout" if deadline.over_total(now()) else "slow"
         message = f"{origin} sent {share.size} bytes, too slowly"
         raise FetchTransient(message, reason=reason).met_at(served) from error
     except OSError as error:
         raise FetchError(f"cannot spool a repository: {error}", reason="spool") from error
-    return Fetched(path, share.size, pause, served)
+    finally:
+        share.waits(None)
+    return Fetched(path, share.size, allowance, served)
 
 
 async def _spool(
@@ -130,8 +139,10 @@ async def _spool(
             if not share.add(len(chunk)):
                 timer.reschedule(None)
                 paused = now()
+                share.waits(None)
                 await share.room()
                 deadline.started += now() - paused
+            share.waits(now())
             timer.reschedule(deadline.at(share.size))
 
 

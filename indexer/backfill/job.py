@@ -16,11 +16,12 @@ from typing import NamedTuple
 import structlog
 
 from indexer.atproto.syntax import tid_micros
-from indexer.atproto.types import Did
+from indexer.atproto.types import Did, Micros
 from indexer.backfill.apply import Plan, apply_repo
 from indexer.backfill.budget import ByteBudget, Share
 from indexer.backfill.diff import WantsCollection
 from indexer.backfill.fetch import Fetched, Spool, fetch_repo
+from indexer.backfill.holds import HoldUnit
 from indexer.backfill.hosts import Hosts, host_of
 from indexer.backfill.outcome import (
     BELOW_MIN_REV,
@@ -37,13 +38,13 @@ from indexer.backfill.stats import Stats
 from indexer.backfill.verify import Verified, verify_car
 from indexer.config import Settings
 from indexer.errors import CommitError, FetchError, FetchTransient, IdentityError, IndexerError, StoreError
-from indexer.identity.http import HttpClient
+from indexer.identity.http import PROXY, HttpClient
 from indexer.identity.resolver import Identity, Resolver
 from indexer.pool import Pool
 from indexer.store.archives import Archives
 from indexer.store.codecs import RepoRow, SyncState, Work
 from indexer.store.database import Database
-from indexer.store.writer import Writer
+from indexer.store.writer import Writer, clock_us
 
 log = structlog.get_logger()
 
@@ -62,7 +63,8 @@ class Tools:
     http: HttpClient
     settings: Settings
     hosts: Hosts
-    budget: ByteBudget
+    budget: ByteBudget  # of CARs that are being fetched
+    parsed: ByteBudget  # of CARs under verification, or not yet applied
     spool: Spool
     stats: Stats
     relay: str  # origin of the relay, "" when only PDSes are followed
@@ -91,6 +93,7 @@ class Job:
         self._car = tools.spool.new()
         self._epoch: int | None = None  # from the claim on
         self._held = ""  # the host whose slot was taken ahead of the fetch
+        self._parsed: Share
 
     async def run(self) -> str | None:
         """Does what the repository waits for. A host's name: it has no free slot, nothing was done."""
@@ -118,9 +121,12 @@ class Job:
         # A host that fails again and again may be one that the account has left.
         stale = reason_of(row.error).startswith("identity") or row.attempt >= REFRESH_AFTER
         identity = await tools.resolver.resolve(self._did, refresh=stale)
-        with tools.budget.share() as share:
+        host = host_of(self._origins(identity)[0])
+        if held := tools.hosts.held(host_of(identity.pds)) or tools.hosts.held(host):
+            await tools.writer.run("backfill_hold", HoldUnit([self._did], held, self._recheck(), identity))
+            return None
+        with tools.budget.share() as share, tools.parsed.share() as self._parsed:
             await share.room()
-            host = host_of(self._origins(identity)[0])
             for needed in (host, host_of(identity.pds)):  # a relay redirects to the PDS
                 if not tools.hosts.free(needed):
                     return needed
@@ -133,6 +139,9 @@ class Job:
                 obtained = await self._obtain(identity, share)
             await self._apply(claimed.epoch, obtained)
         return None
+
+    def _recheck(self) -> Micros:
+        return clock_us() + int(self._tools.settings.hosts.recheck * 1e6)
 
     def _hold(self, host: str, slot: AsyncExitStack) -> None:
         self._tools.hosts.take(host)
@@ -179,23 +188,34 @@ class Job:
             raise (refusal if busy or first == identity.pds else error) from error
 
     async def _obtain_from(self, origin: str, identity: Identity, share: Share) -> Obtained:
-        tools, limits = self._tools, self._tools.settings.backfill
+        tools = self._tools
         share.shrink()
+        self._parsed.shrink()
         asked = asked_now(tools.db, self._did) if origin == identity.pds else None
         fetched = await self._fetch(origin, identity.pds, share)
         tools.stats.fetched(fetched.size)
-        verified = await tools.pool.run(
-            verify_car,
-            self._car,
-            Spool.index_path(self._car),
-            self._did,
-            identity.signing_key,
-            limits.max_nodes,
-        )
+        await self._parsed.take(fetched.size)
+        share.shrink()
+        verified = await self._verified(host_of(fetched.url), identity)
         newest = time.time() + tools.settings.ingest.max_future
         if tid_micros(verified.rev) > newest * 1e6:
             raise CommitError(f"rev {verified.rev} lies in the future", reason="future_rev")
         return Obtained(verified, identity, asked, self._check_rev(verified))
+
+    async def _verified(self, host: str, identity: Identity) -> Verified:
+        """What is in the CAR. A host that serves one wrong repository after the other is left alone."""
+        tools, limits = self._tools, self._tools.settings.backfill
+        try:
+            verified = await tools.pool.run(
+                verify_car, self._car, Spool.index_path(self._car), self._did, identity.signing_key,
+                limits.max_nodes,
+            )  # fmt: skip
+        except IndexerError as error:
+            if judge(error).of_content:
+                tools.hosts.lied(host, jitter=tools.jitter(), error=str(error))
+            raise
+        tools.hosts.proved(host)
+        return verified
 
     def _check_rev(self, verified: Verified) -> str:
         """The mark of a repository below `min_rev` that is taken all the same, "" for a newer one."""
@@ -227,17 +247,20 @@ class Job:
         finally:
             hosts.release(host)
         served_by_pds = host_of(fetched.url) == host_of(pds)
-        hosts.success(host_of(pds) if served_by_pds else host, pause=fetched.pause)
+        hosts.success(host_of(pds) if served_by_pds else host, allowance=fetched.allowance)
         return fetched
 
     def _blame(self, host: str, error: IndexerError) -> None:
-        failure = judge(error)
-        if not failure.of_host:
-            self._tools.hosts.success(host)
-            return
-        self._tools.hosts.fault(
-            host, jitter=self._tools.jitter(), retry_after=failure.retry_after, limited=failure.rate_limited
-        )
+        failure, hosts, jitter = judge(error), self._tools.hosts, self._tools.jitter()
+        if failure.of_host:
+            hosts.fault(
+                host, jitter=jitter, retry_after=failure.retry_after, limited=failure.rate_limited,
+                error=f"{failure.reason}: {failure.message}",
+            )  # fmt: skip
+        elif failure.of_content:
+            hosts.lied(host, jitter=jitter, error=f"{failure.reason}: {failure.message}")
+        elif failure.reason != PROXY:
+            hosts.success(host)
 
     async def _apply(self, epoch: int, obtained: Obtained) -> None:
         tools, verified = self._tools, obtained.verified

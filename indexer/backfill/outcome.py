@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final, Literal, NamedTuple
 
 from indexer.atproto.types import Micros, Rev
-from indexer.backfill.hosts import backoff_s
+from indexer.backfill.waits import backoff_s
 from indexer.config import BackfillSettings
 from indexer.errors import (
     BadInput,
@@ -20,6 +20,7 @@ from indexer.errors import (
     MissingBlock,
     SignatureInvalid,
 )
+from indexer.identity.http import PROXY
 from indexer.store.codecs import AccountStatus, RepoRow, SyncState
 
 #: A host's answers about the account itself: its status here, and the reason that is counted.
@@ -32,11 +33,20 @@ ACCOUNT_ANSWERS: Final = {
 BELOW_MIN_REV: Final = "below_min_rev"
 DRAIN: Final = "drain"
 HOST_BUSY: Final = "host_busy"
+TOO_LARGE: Final = "too_large"
 #: Statuses that are about what was asked for, also where a host gives no XRPC name with them.
 _ABOUT_THE_REPO: Final = (400, 404, 410)
 #: Reasons to try again that say nothing about the health of the host.
 _NOT_THE_HOST: Final = frozenset(
-    {BELOW_MIN_REV, DRAIN, "too_large", "spool", *(f"http_{status}" for status in _ABOUT_THE_REPO)}
+    {
+        BELOW_MIN_REV,
+        DRAIN,
+        HOST_BUSY,
+        PROXY,
+        TOO_LARGE,
+        "spool",
+        *(f"http_{status}" for status in _ABOUT_THE_REPO),
+    }
 )
 
 
@@ -56,6 +66,12 @@ class Failure(NamedTuple):
         return self.outcome == "retry" and self.reason not in _NOT_THE_HOST
 
     @property
+    def of_content(self) -> bool:
+        """Whether what the host served is wrong, or beyond the limits: one repository says nothing about
+        the host, a row of them does."""
+        return self.outcome == "corrupt" or self.reason in (TOO_LARGE, "incomplete")
+
+    @property
     def rate_limited(self) -> bool:
         return self.reason == "rate_limited"
 
@@ -69,7 +85,7 @@ def judge(error: IndexerError) -> Failure:
         if error.name in ACCOUNT_ANSWERS:
             status, reason = ACCOUNT_ANSWERS[error.name]
             return Failure("account", reason, text, status)
-        return Failure("retry", "too_large" if error.name == "TooLarge" else f"http_{error.status}", text)
+        return Failure("retry", TOO_LARGE if error.name == "TooLarge" else f"http_{error.status}", text)
     if isinstance(error, IdentityGone):
         return Failure("account", error.reason, text, tombstone=error.tombstone)
     if isinstance(error, MissingBlock) or error.reason == "car_truncated":

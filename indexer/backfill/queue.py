@@ -34,10 +34,15 @@ class Entry(NamedTuple):
 
 
 class ReadyQueue:
-    """Repositories that are due, at most ``limit`` of them, by host and due time."""
+    """Repositories that are due, at most ``limit`` of them and of one host a quarter, by host and due time.
+
+    Of a host with more than its quarter it remembers only where the first one stands that had no room.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self._per_host = max(1, limit // 4)
+        self._left_out: dict[str, tuple[Micros, Did]] = {}
         self._hosts: dict[str, list[Entry]] = {}
         self._known: set[Did] = set()
 
@@ -51,11 +56,37 @@ class ReadyQueue:
     def room(self) -> int:
         return max(0, self.limit - len(self._known))
 
-    def add(self, entry: Entry) -> None:
-        """Takes an entry in, unless its repository is in already."""
-        if entry.did not in self._known:
-            self._known.add(entry.did)
-            heapq.heappush(self._hosts.setdefault(entry.host, []), entry)
+    def add(self, entry: Entry, *, always: bool = False) -> None:
+        """Takes an entry in, unless its repository is in already, or its host has its quarter."""
+        if entry.did in self._known:
+            return
+        entries = self._hosts.setdefault(entry.host, [])
+        if len(entries) >= self._per_host and not always:
+            place = entry.due, entry.did
+            self._left_out[entry.host] = min(self._left_out.get(entry.host, place), place)
+            return
+        self._known.add(entry.did)
+        heapq.heappush(entries, entry)
+
+    def startable(self, allowed: Callable[[str], bool], enough: int) -> bool:
+        """Whether ``enough`` entries are of hosts that are ``allowed`` now."""
+        found = 0
+        for host, entries in self._hosts.items():
+            if allowed(host):
+                found += len(entries)
+                if found >= enough:
+                    return True
+        return False
+
+    def crowded(self) -> list[str]:
+        """Hosts of which entries had no room."""
+        return list(self._left_out)
+
+    def left_out(self, host: str) -> tuple[Micros, Did] | None:
+        """Where to read again for a host that has room again, once: its first entry that had none."""
+        if host not in self._left_out or len(self._hosts.get(host, ())) > self._per_host // 4:
+            return None
+        return self._left_out.pop(host)
 
     def pop(self, allowed: Callable[[str], bool]) -> Entry | None:
         """The earliest entry of any host that is ``allowed`` now."""
@@ -80,6 +111,7 @@ class ReadyQueue:
         """Forgets all entries; they are still in the durable queue."""
         self._hosts.clear()
         self._known.clear()
+        self._left_out.clear()
 
     def hosts(self) -> list[str]:
         return list(self._hosts)
@@ -124,3 +156,7 @@ class ReadPosition:
     def rewind(self) -> None:
         """The next page begins at the front."""
         self._next = (0, "")
+
+    def back_to(self, place: tuple[Micros, Did]) -> None:
+        """The next page begins no later than at ``place``."""
+        self._next = min(self._next, place)

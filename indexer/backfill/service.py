@@ -1,8 +1,9 @@
 """The backfill as a whole: takes due repositories from the queue and runs a job for each.
 
 Owns the workers, the refilling of the window of due repositories, the pauses (host left alone, disk
-nearly full) and the way in for explicit requests. The queue itself is durable (`queue`), so stopping or
-dying at any moment loses nothing. One task plus one for each job, all on the event loop.
+nearly full), the storing of what was seen of hosts, and the way in for explicit requests. The queue itself
+is durable (`queue`), so stopping or dying at any moment loses nothing. One task plus one for each job, all
+on the event loop.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
@@ -20,31 +22,36 @@ from indexer.atproto.types import Did, Micros
 from indexer.backfill.budget import ByteBudget
 from indexer.backfill.diff import WantsCollection
 from indexer.backfill.fetch import Spool
-from indexer.backfill.hosts import Hosts, host_of
+from indexer.backfill.holds import HoldUnit, Releases
+from indexer.backfill.host_book import HostBook
+from indexer.backfill.hosts import Hosts, Views, host_of
 from indexer.backfill.job import Job, Tools
-from indexer.backfill.queue import Entry, ReadPosition, ReadyQueue
+from indexer.backfill.queue import Entry, ReadPosition, ReadyQueue, explicit_due
 from indexer.backfill.rows import PostponeUnit, RequestUnit, is_waiting
 from indexer.backfill.stats import Stats
 from indexer.config import Settings
 from indexer.identity.http import HttpClient
 from indexer.identity.resolver import Resolver
 from indexer.ingest.account import PDS_PREFIX
+from indexer.ingest.bans import Bans
 from indexer.ingest.controls import BACKFILL, paused_parts
 from indexer.ingest.filters import Filters
 from indexer.pool import Pool
 from indexer.store.archives import Archives
 from indexer.store.codecs import RepoRow, encode_due
 from indexer.store.database import Database
-from indexer.store.keyspaces import PENDING, REPOS
+from indexer.store.host_rows import ACCOUNTS
+from indexer.store.keyspaces import HOSTS, PENDING, REPOS
 from indexer.store.writer import Writer, clock_us
 
 log = structlog.get_logger()
 
-#: Due repositories kept in memory, and rows of the queue read at once.
-WINDOW = 2000
+#: Rows of the queue read at once.
 PAGE = 250
-#: Fewer than this in memory, and more is read.
+#: Fewer than this in memory that could begin, and more is read.
 LOW_WATER = 250
+#: Repositories whose accounts are counted by host in one unit.
+COUNTED_AT_ONCE = 2000
 #: Rows that become due without our being told are found after this long.
 POLL_S = 0.5
 OVERLAP_US: Micros = 60_000_000
@@ -53,6 +60,8 @@ REWIND_US: Micros = 60_000_000
 STEP = 500
 #: Hosts that are to be left alone for longer than this have their repositories put off in the queue.
 POSTPONE_S = 5.0
+#: Time between two looks for such hosts.
+POSTPONE_EVERY_S = 0.25
 
 
 class Backfill:
@@ -71,24 +80,35 @@ class Backfill:
         woken: Callable[[Did], None],
         jitter: Callable[[], float] = random.random,
         archives: Archives | None = None,
+        bans: Bans | None = None,
     ) -> None:
         limits = settings.backfill
         self._db = db
         self._writer = writer
         self._settings = settings
-        self._hosts = Hosts(limits.per_host, limits.retry_min, limits.retry_max, time.monotonic)
+        self._hosts = Hosts(
+            settings, views=Views(partial(db.get, HOSTS), lambda host: db.count(ACCOUNTS + host))
+        )
+        self._releases = Releases(db, writer, self._hosts)
+        #: What an operator says of hosts, and is told of them.
+        self.hosts = HostBook(db, writer, self._hosts, bans or Bans(db), self._releases.add)
         self._stats = Stats(time.monotonic)
         self._budget = ByteBudget(limits.inflight_mib << 20)
+        self._parsed = ByteBudget(limits.parsed_mib << 20)
+        self._http = http
         self._spool = Spool(settings.data_dir / "spool")
         #: What jobs work with.
         self.tools = Tools(
-            db, writer, pool, resolver, http, settings, self._hosts, self._budget, self._spool, self._stats,
-            relay_origin(settings.upstreams), drain, woken, self._wanted_collections, jitter, archives,
+            db, writer, pool, resolver, http, settings, self._hosts, self._budget, self._parsed,
+            self._spool, self._stats, relay_origin(settings.upstreams), drain, woken,
+            self._wanted_collections, jitter, archives,
         )  # fmt: skip
         self._resolver = resolver
-        self._ready = ReadyQueue(WINDOW)
+        self._ready = ReadyQueue(limits.window)
+        self._first = False  # something was asked for that belongs in front
         self._position = ReadPosition(overlap_us=OVERLAP_US, rewind_us=REWIND_US)
         self._jobs: dict[Did, asyncio.Task[None]] = {}
+        self._postpone_at = 0.0
         self._read_again_at = 0.0  # after the queue was read to its end
         self._wake = asyncio.Event()
         self._failure: BaseException | None = None
@@ -112,7 +132,7 @@ class Backfill:
 
     def wake(self) -> None:
         """Something became due that may belong in front: the queue is read from there, now."""
-        self._ready.clear()
+        self._first = True
         self._position.rewind()
         self._read_again_at = 0.0
         self._wake.set()
@@ -122,6 +142,9 @@ class Backfill:
     async def run(self) -> None:
         """Works until `stop`; raises what is wrong with our own state."""
         self._spool.prepare()
+        helpers = [asyncio.create_task(work()) for work in (self._look_after_hosts, self._releases.run)]
+        for helper in helpers:
+            helper.add_done_callback(self._helper_ended)
         try:
             while not self._stopping:
                 self._wake.clear()
@@ -131,7 +154,24 @@ class Backfill:
                     raise self._failure
                 await self._sleep()
         finally:
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
             await self._cancel_jobs()
+        await self.hosts.save()
+
+    async def _look_after_hosts(self) -> None:
+        """Counts accounts by host where that was never done; then stores what is seen of hosts."""
+        while not await self._writer.run("host_accounts", lambda tx: tx.count_homes(COUNTED_AT_ONCE)):
+            await asyncio.sleep(0)
+        while True:
+            await asyncio.sleep(self._settings.hosts.save_interval)
+            await self.hosts.save()
+
+    def _helper_ended(self, helper: asyncio.Task[None]) -> None:
+        if not helper.cancelled() and (error := helper.exception()) is not None:
+            self._failure = error
+            self._wake.set()
 
     async def stop(self) -> None:
         """Ends `run` and cuts off what is under way; it begins again with the next start."""
@@ -146,7 +186,7 @@ class Backfill:
 
     async def _sleep(self) -> None:
         try:
-            async with asyncio.timeout(POLL_S):
+            async with asyncio.timeout(min(POLL_S, max(0.01, self._hosts.soonest_s(self._ready.hosts())))):
                 await self._wake.wait()
         except TimeoutError:
             pass
@@ -163,22 +203,45 @@ class Backfill:
         """Starts jobs while there are free workers and due repositories."""
         if not self._has_space() or self._held:
             return
-        await self._postpone()
-        if len(self._ready) < LOW_WATER:
-            self._refill()
-        while len(self._jobs) < self._settings.backfill.concurrency and not self._stopping:
+        if time.monotonic() >= self._postpone_at:
+            await self._postpone()
+            self._postpone_at = time.monotonic() + POSTPONE_EVERY_S
+        if self._first:
+            self._first = False
+            self._read_first()
+        if not self._ready.startable(self._hosts.free, LOW_WATER):
+            await self._refill()
+        while self._has_worker() and not self._stopping:
             entry = self._ready.pop(self._hosts.free)
             if entry is not None:
                 self._start(entry)
-            elif not self._refill():
+            elif not await self._refill():
                 return
 
-    def _refill(self) -> bool:
-        """Reads on in the queue until the window is full or the queue is read; true when it got more."""
+    def _has_worker(self) -> bool:
+        """Whether one more job may run. A job that waits for a silent host gives its place away; there are
+        never more than twice as many as are set."""
+        most, running = self._settings.backfill.concurrency, len(self._jobs)
+        if running < most:
+            return True
+        since = asyncio.get_running_loop().time() - self._settings.backfill.stalled_after
+        return running < most + min(most, self._budget.stalled(since))
+
+    def _read_first(self) -> None:
+        """What was asked for explicitly goes into the window at once, also into a full one."""
+        stop = encode_due((explicit_due(clock_us()) + 1, ""))
+        self._take_in([key for key, _ in self._db.scan(PENDING, None, stop, limit=PAGE)], always=True)
+
+    async def _refill(self) -> bool:
+        """Reads on in the queue until enough could begin, the window is full or the queue is read; true when
+        it got more. What a host has beyond its part of the window is read again when that is used up."""
+        for host in self._ready.crowded():
+            if (place := self._ready.left_out(host)) is not None:
+                self._position.back_to(place)
+                self._read_again_at = 0.0
         if time.monotonic() < self._read_again_at:
             return False
-        before = len(self._ready)
-        now = clock_us()
+        before, now = len(self._ready), clock_us()
         stop = encode_due((now + 1, ""))
         while self._ready.room >= PAGE:
             start = encode_due(self._position.start(now))
@@ -189,15 +252,18 @@ class Backfill:
                 self._read_again_at = time.monotonic() + POLL_S
                 break
             self._position.page_end(keys[-1])
+            if self._ready.startable(self._hosts.free, LOW_WATER):
+                break
+            await asyncio.sleep(0)
         return len(self._ready) > before
 
-    def _take_in(self, keys: list[tuple[Micros, Did]]) -> None:
+    def _take_in(self, keys: list[tuple[Micros, Did]], *, always: bool = False) -> None:
         """Puts those of a page that are to be fetched into the window."""
         unknown = [key for key in keys if key[1] not in self._jobs and key[1] not in self._ready]
         rows = self._db.multi_get(REPOS, [did for _, did in unknown])
         for (due, did), row in zip(unknown, rows, strict=True):
             if row is not None and is_waiting(row):
-                self._ready.add(Entry(due, did, self._host_hint(did, row)))
+                self._ready.add(Entry(due, did, self._host_hint(did, row)), always=always)
 
     def _host_hint(self, did: Did, row: RepoRow) -> str:
         """The host that a job will ask first, as far as that is known without asking anybody."""
@@ -210,10 +276,19 @@ class Backfill:
         """Puts off the repositories of hosts that are left alone, so that they do not fill the window."""
         for host in self._ready.hosts():
             wait = self._hosts.penalty_s(host)
-            if wait > POSTPONE_S and (entries := self._ready.pop_host(host, STEP)):
+            if host and (reason := self._hosts.held(host)):
+                await self._hold(host, reason)
+            elif wait > POSTPONE_S and (entries := self._ready.pop_host(host, STEP)):
                 due = clock_us() + int(wait * 1e6)
                 unit = PostponeUnit([entry.did for entry in entries], due)
                 await self._writer.run("backfill_postpone", unit)
+
+    async def _hold(self, host: str, reason: str) -> None:
+        """Puts aside the repositories of a host from which nothing is fetched."""
+        due = clock_us() + int(self._settings.hosts.recheck * 1e6)
+        while entries := self._ready.pop_host(host, STEP):
+            unit = HoldUnit([entry.did for entry in entries], reason, due)
+            await self._writer.run("backfill_hold", unit)
 
     def _start(self, entry: Entry) -> None:
         task = asyncio.create_task(self._work(entry), name=f"backfill {entry.did}")
@@ -231,7 +306,7 @@ class Backfill:
             self._failure = error
             return
         if busy is not None:
-            self._ready.add(entry._replace(host=busy))
+            self._ready.add(entry._replace(host=busy), always=True)
 
     def _has_space(self) -> bool:
         """Whether the disk has room above the soft floor."""
@@ -255,6 +330,7 @@ class Backfill:
             "ready": len(self._ready),
             "in_flight": len(self._jobs),
             "in_flight_bytes": self._budget.used,
+            "parsed_bytes": self._parsed.used,
             "done": stats.done,
             "failed": dict(stats.failed),
             "records": stats.records,
@@ -262,6 +338,7 @@ class Backfill:
             "records_per_s": round(stats.records_per_s(), 1),
             "bytes": stats.bytes,
             "hosts": self._hosts.status(),
+            "proxies": self._http.proxies.status() if self._http.proxies else [],
             "paused": "operator" if self._held else self._paused,
         }
 

@@ -13,6 +13,7 @@ from indexer.atproto.frames import AccountFrame, CommitFrame, IdentityFrame, Syn
 from indexer.atproto.types import Did, DidKey, Rev, Seq
 from indexer.identity.resolver import INVALID_HANDLE, Identity
 from indexer.ingest.account import has_authority, is_doubtful, is_stale, micros_of, status_of
+from indexer.ingest.bans import BANNED
 from indexer.ingest.filters import Filters
 from indexer.ingest.machine import LABELS, Act, Decision, Situation, decide, desynchronized
 from indexer.ingest.tools import IngestTools
@@ -86,6 +87,8 @@ class Applier:
         if row is None:
             self._tools.routes.forget(did)
             return _UNWANTED
+        if self._tools.bans.covers(row.pds, arrival.source):
+            return self._banned(tx, arrival, row)
         if verdict is None or arrival.key != row.signing_key:
             self._tools.routes.forget(did)
             return self._unverified(tx, arrival, row)
@@ -99,6 +102,13 @@ class Applier:
             # It needs no fetch any more, which would have been followed by a replay of what waits.
             decision = decision._replace(row=decision.row._replace(work=decision.row.work | Work.DRAIN))
         return self._carry_out(tx, arrival, row, verdict, decision)
+
+    def _banned(self, tx: Transaction, arrival: Arrival, row: RepoRow) -> Result:
+        """Nothing is taken. What is missed by it is fetched once the host is let go."""
+        if row.state is SyncState.SYNCED and self._tools.bans.covers(row.pds) and arrival.frame.rev > row.rev:
+            situation = Situation(tx.now_us, ephemeral=self.ephemeral)
+            self.store(tx, arrival.did, row, desynchronized(row, BANNED, situation))
+        return Result(Act.DROP, BANNED)
 
     def replay(
         self, tx: Transaction, arrival: Arrival, row: RepoRow, verdict: Verdict, *, fresh: bool
@@ -204,6 +214,8 @@ class Applier:
 
     def identity(self, tx: Transaction, source: str, frame: IdentityFrame) -> Result:
         """A hint only: the row is marked, the directory is asked outside."""
+        if self._tools.bans.covers("", source):
+            return Result(Act.DROP, BANNED)
         row = self._followed(tx, frame.did)
         if row is None:
             return _UNWANTED
@@ -214,6 +226,8 @@ class Applier:
     def account(self, tx: Transaction, source: str, frame: AccountFrame) -> Result:
         """A host's word; the effective status follows from all of them."""
         did = frame.did
+        if self._tools.bans.covers("", source):
+            return Result(Act.DROP, BANNED)
         row = self._followed(tx, did)
         if row is None:
             return _UNWANTED

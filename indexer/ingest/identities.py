@@ -140,7 +140,9 @@ class DueWork:
         await self._tools.writer.run("compare_rev", lambda tx: self._answers.compared(tx, did, rev))
 
     async def _latest(self, identity: Identity) -> Latest:
-        """`getRepoStatus` of the account's own PDS."""
+        """`getRepoStatus` of the account's own PDS; a banned one is not asked."""
+        if self._tools.bans.covers(identity.pds):
+            return Latest(None, None)
         url = identity.pds.rstrip("/") + GET_STATUS + quote(identity.did, safe=":")
         response = await self._tools.http.get(url, max_bytes=_MAX_STATUS_BYTES)
         if response.status == 429 or (response.status >= 500 and response.status != 501):
@@ -151,6 +153,8 @@ class DueWork:
 
     async def _repo_status(self, identity: Identity) -> AccountStatus | None:
         """What a refused `getRepo` says, for hosts that do not answer `getRepoStatus`."""
+        if self._tools.bans.covers(identity.pds):
+            return None
         url = identity.pds.rstrip("/") + GET_REPO + quote(identity.did, safe=":")
         try:
             response = await self._tools.http.get(url, max_bytes=_MAX_STATUS_BYTES)

@@ -19,6 +19,7 @@ from indexer.identity.http import HttpClient
 from indexer.identity.resolver import Resolver
 from indexer.ingest.answers import Answers
 from indexer.ingest.apply import Applier
+from indexer.ingest.bans import Bans
 from indexer.ingest.drain import Drainer
 from indexer.ingest.filters import Filters
 from indexer.ingest.handles import HandleWork
@@ -56,7 +57,9 @@ class Ingest:
         routes = Routes(settings.identity.cache_entries)
         self._space = asyncio.Event()
         self._space.set()
-        tools = IngestTools(db, writer, pool, resolver, self._http, settings, routes, self._space)
+        #: Hosts of which nothing is taken.
+        self.bans = Bans(db)
+        tools = IngestTools(db, writer, pool, resolver, self._http, settings, routes, self._space, self.bans)
         self.applier = Applier(
             filters.with_rows(db.filters()), tools, self._wake, ephemeral=db.mode.ephemeral
         )

@@ -16,6 +16,7 @@ from indexer.atproto.types import Did, DidKey, Rev
 from indexer.config import Settings
 from indexer.identity.http import HttpClient
 from indexer.identity.resolver import Resolver
+from indexer.ingest.bans import Bans
 from indexer.ingest.verify import VerifyLimits
 from indexer.pool import Pool
 from indexer.store.database import Database
@@ -67,6 +68,7 @@ class IngestTools:
     routes: Routes
     #: Set while the disk has room above the hard floor.
     space: asyncio.Event
+    bans: Bans
     #: DIDs of which an `#identity` came in since their identity was last asked for.
     hints: set[Did] = field(default_factory=set)
     clock: Callable[[], float] = time

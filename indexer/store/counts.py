@@ -2,7 +2,8 @@
 
 Names: ``repos``, ``repos/tracked``, ``repos/state/<label>``, ``repos/status/<label>``; ``records``,
 ``records/<collection>``, ``did/<did>/<collection>`` (served records only); ``events`` (retained
-rows); ``buffer/frames|bytes``, ``buffer/<did>/frames|bytes``; ``archives``, ``archives/bytes``. Other
+rows); ``buffer/frames|bytes``, ``buffer/<did>/frames|bytes``; ``archives``, ``archives/bytes``;
+``hosts/<host>`` (followed accounts, once `host_rows.COUNTED` says so). Other
 names (``ingest/…``, ``gc/…``) are tallies that nothing recounts. A row at zero does not exist. Pure.
 """
 

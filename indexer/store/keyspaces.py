@@ -23,6 +23,7 @@ from indexer.store.codecs import (
     RepoRow,
     SourceRow,
 )
+from indexer.store.host_rows import HostRow, decode_host, encode_host
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -71,6 +72,7 @@ _CHANGES: Final = Codec[list[RefChanges]](_read_only, codecs.decode_reflog)
 _ARCHIVE: Final = Codec[ArchiveRow](codecs.encode_archive, codecs.decode_archive)
 _WAITING: Final = Codec[tuple[int, bytes]](codecs.encode_waiting, codecs.decode_waiting)
 _SOURCE: Final = Codec[SourceRow](codecs.encode_source, codecs.decode_source)
+_HOST: Final = Codec[HostRow](encode_host, decode_host)
 _QUARANTINE: Final = Codec[QuarantineRow](codecs.encode_quarantine, codecs.decode_quarantine)
 
 
@@ -119,6 +121,11 @@ RESYNC_BUFFER: Final[Keyspace[tuple[Did, Rev, FrameKind, str], tuple[int, bytes]
 FILTER: Final[Keyspace[tuple[str, str], None]] = Keyspace("filter", _PAIR, _EMPTY)
 #: By kind ("firehose") and name.
 SOURCES: Final[Keyspace[tuple[str, str], SourceRow]] = Keyspace("sources", _PAIR, _SOURCE)
+#: By name, with a port where it is not the default one.
+HOSTS: Final[Keyspace[str, HostRow]] = Keyspace("hosts", _NAME, _HOST)
+#: By kind and name: where the crawler is at its sources and at the hosts that they list, the accounts whose
+#: collections are to be asked for, and those that were found without a signal.
+CRAWL: Final[Keyspace[tuple[str, str], Any]] = Keyspace("crawl", _PAIR, _ANY, Tuning(bloom=True, collected=True))
 QUARANTINE: Final[Keyspace[int, QuarantineRow]] = Keyspace(
     "quarantine", _U64, _QUARANTINE, Tuning(16, collected=True)
 )
@@ -135,7 +142,7 @@ KEYSPACES: Final[dict[str, Keyspace[Any, Any]]] = {
     keyspace.name: keyspace
     for keyspace in (
         REPOS, ACCOUNT_STATUS, RECORDS, BLOCKS, BLOCK_REFS, REFLOG, GC_QUEUE, EVENTS, CURSORS, COUNTS,
-        PENDING, RESYNC_BUFFER, FILTER, SOURCES, QUARANTINE, ARCHIVES, ARCHIVE_QUEUE,
+        PENDING, RESYNC_BUFFER, FILTER, SOURCES, HOSTS, CRAWL, QUARANTINE, ARCHIVES, ARCHIVE_QUEUE,
     )
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ from indexer.store.counts import EXACT, repo_names
 from indexer.store.demand import BlockKey, Demand
 from indexer.store.event_check import LogOrder
 from indexer.store.findings import Findings
+from indexer.store.host_rows import ACCOUNTS, ALL_COUNTED, COUNTED, home_of
 from indexer.store.keyspaces import (
     ARCHIVES,
     COUNTS,
@@ -61,6 +62,8 @@ class Recount:
         self.undecodable = 0  # events
         self._lives: dict[Did, int | None] = {}
         self._settled = 0  # totals that were compared with the rows of their repository
+        homes = reads.get(CURSORS, COUNTED) == ALL_COUNTED
+        self._exact = (*EXACT, ACCOUNTS) if homes else EXACT
         self._demand = Demand(reads, findings, self.bounds, self._references)
 
     # ---- rows against rows
@@ -80,6 +83,8 @@ class Recount:
             self.seen["repos"] += 1
             for name in repo_names(row):
                 self._sums[name] += 1
+            if ACCOUNTS in self._exact and (host := home_of(row)):
+                self._sums[ACCOUNTS + host] += 1
             if row.due and self.reads.raw_get(PENDING.name, PENDING.key.encode((row.due, did))) is None:
                 self.findings.problem(f"pending: {did} is due at {row.due} but not queued")
 
@@ -261,7 +266,7 @@ class Recount:
         for name, stored in self._totals():
             if name.startswith(_BY_REPO):
                 by_repo += 1
-            elif self.did is None and name.startswith(EXACT):
+            elif self.did is None and name.startswith(self._exact):
                 self._total(name, stored, self._sums.pop(name, 0))
         if self.did is None:
             for name, recounted in sorted(self._sums.items()):

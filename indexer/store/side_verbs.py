@@ -1,9 +1,11 @@
-"""Verbs beside the records: resync buffer, quarantine, account words, archives, filter, sources.
+"""Verbs beside the records: resync buffer, quarantine, account words, archives, filter, sources, hosts.
 
 The part of the transaction that does not touch records; see `Transaction`. On the writer's loop.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from indexer.atproto.types import Did, Micros, Rev, Seq
 from indexer.store import keyspaces
@@ -14,15 +16,19 @@ from indexer.store.codecs import (
     BufferedFrame,
     FrameKind,
     QuarantineRow,
+    RepoRow,
     SourceRow,
     did_range,
 )
 from indexer.store.group import Group
+from indexer.store.host_rows import ACCOUNTS, ALL_COUNTED, COUNTED, NO_HOST, HostRow, home_of
 from indexer.store.keyspaces import (
     ACCOUNT_STATUS,
     ARCHIVE_QUEUE,
     ARCHIVES,
+    CRAWL,
     FILTER,
+    HOSTS,
     QUARANTINE,
     RESYNC_BUFFER,
     SOURCES,
@@ -181,3 +187,51 @@ class SideVerbs(Group):
 
     def drop_source(self, kind: str, name: str) -> None:
         self.delete(SOURCES, (kind, name))
+
+    # ---- crawl
+
+    def crawl_row(self, kind: str, name: str) -> Any:
+        return self.get(CRAWL, (kind, name))
+
+    def set_crawl_row(self, kind: str, name: str, row: Any) -> None:
+        """Keep a row of the crawler's; None is none. Rows are counted by kind."""
+        before = self.get(CRAWL, (kind, name))
+        if row is None:
+            self.delete(CRAWL, (kind, name))
+        else:
+            self.put(CRAWL, (kind, name), row)
+        self.add(self._deltas, f"crawl/{kind}", (row is not None) - (before is not None))
+
+    # ---- hosts
+
+    def host(self, name: str) -> HostRow:
+        """What is known of a host; an empty row where that is nothing."""
+        return self.get(HOSTS, name) or NO_HOST
+
+    def set_host(self, name: str, row: HostRow) -> None:
+        """Keep what is known of a host; an empty row is none."""
+        if row == NO_HOST:
+            self.delete(HOSTS, name)
+        else:
+            self.put(HOSTS, name, row)
+
+    def count_home(self, did: Did, old: RepoRow | None, new: RepoRow) -> None:
+        """The totals of accounts by host follow a repository's row, as far as they are made already."""
+        before, after = home_of(old), home_of(new)
+        if before != after and did <= (self.position(COUNTED) or ""):
+            for host, delta in ((before, -1), (after, 1)):
+                if host:
+                    self.add(self._deltas, ACCOUNTS + host, delta)
+
+    def count_homes(self, limit: int) -> bool:
+        """Count the accounts of ``limit`` more repositories by host; true when all are counted."""
+        start = self.position(COUNTED) or ""
+        stored = [did for did, _ in self._db.repos(after=start, limit=limit)]
+        stop = stored[-1] if len(stored) == limit else ALL_COUNTED
+        fresh = {did for did in self._repos if start < did <= stop}  # written by this group
+        for did in fresh.union(stored):
+            host = home_of(self.repo(did))
+            if host:
+                self.add(self._deltas, ACCOUNTS + host, 1)
+        self.set_cursor(COUNTED, stop)
+        return stop == ALL_COUNTED

@@ -283,6 +283,8 @@ class Transaction(SideVerbs):
                 self.delete(PENDING, (old_due, did))
             if row.due:
                 self.put(PENDING, (row.due, did), None)
+        if old is None or old.pds != row.pds or old.tracked != row.tracked:
+            self.count_home(did, old, row)
         if old is None or old[:3] != row[:3]:
             for name, delta in count_repo(old, row):
                 self.add(self._deltas, name, delta)

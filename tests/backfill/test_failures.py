@@ -74,6 +74,7 @@ async def test_a_car_cut_at_any_block_never_deletes_a_record(tmp_path: Path) -> 
             assert world.records(one) == kept
             assert row.rev == rev(1)
             assert row.complete
+            world.forgive()  # what it did wrong a few times makes the host rest
         assert world.spooled() == []
         host.answers.clear()
         host.serve(one)

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 from aiohttp import web
 
-from indexer.backfill.hosts import FAULTS_BEFORE_PENALTY, Hosts, host_of
+from indexer.backfill.budget import Share
+from indexer.backfill.hosts import Hosts, host_of
+from indexer.config import HostSettings
 from indexer.identity.guard import GuardedResolver
 from indexer.identity.http import HttpClient
 from indexer.simulator import SimConfig, SimulatedNetwork
@@ -23,6 +25,9 @@ from indexer.store.codecs import OVERSIZE, AccountStatus, RepoRow, SyncState
 from indexer.store.writer import clock_us
 from tests.backfill.world import Host, World, cids_of
 from tests.identity.servers import FixedNames, client_tls, server_tls
+
+
+FAULTS_BEFORE_PENALTY = HostSettings().faults
 
 
 class Expected(NamedTuple):
@@ -216,13 +221,13 @@ async def test_hosts_that_stall_do_not_hold_up_the_others(tmp_path: Path) -> Non
 
 async def test_endless_bodies_stay_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {**LIMITS, "max_car_mib": 4, "inflight_mib": 4, "concurrency": 6, "per_host": 6}
-    async with simulated(tmp_path, backfill=limits) as (net, world):
+    async with simulated(tmp_path, backfill=limits, hosts={"faults": 10}) as (net, world):
         budget = world.backfill.tools.budget
         peak, add = 0, budget.add
 
-        def counted(size: int) -> None:
+        def counted(share: Share, size: int) -> None:
             nonlocal peak
-            add(size)
+            add(share, size)
             peak = max(peak, budget.used)
 
         monkeypatch.setattr(budget, "add", counted)
@@ -271,10 +276,10 @@ async def test_the_host_behind_a_redirect_is_the_one_to_blame(tmp_path: Path, so
         with faulty(net, Fault("pds*", "status_500", GET_REPO)):
             await world.fetch(one)  # not now: its PDS is left alone, however it would be asked
             assert net.faults.fired.total() == fired
-            hosts._hosts.clear()
+            world.forgive()
             await world.fetch(one)
-        assert hosts._state(pds).faults > 0
-        assert hosts._state(relay).faults == 0
+        assert hosts.row(pds).faults > 0
+        assert hosts.row(relay).faults == 0
     await net.stop()
 
 
@@ -307,9 +312,9 @@ async def test_a_redirect_into_a_private_network_is_not_followed(tmp_path: Path)
                     row = await world.fetch(one)
                 assert reason(row) == "url_refused", (value, row.error)
                 assert world.records(one) == {}
-            world.backfill.tools.hosts._hosts.clear()
+            world.forgive()
             assert (await world.fetch(two)).state is SyncState.SYNCED
-            assert world.backfill.tools.hosts._state("pds.example.com").faults == 0
+            assert world.backfill.tools.hosts.row("pds.example.com").faults == 0
     await net.stop()
 
 

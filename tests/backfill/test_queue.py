@@ -37,14 +37,56 @@ def test_a_repository_is_in_the_window_once() -> None:
 
 
 def test_a_host_that_rests_gives_up_its_entries() -> None:
-    ready = ReadyQueue(4)
+    ready = ReadyQueue(12)
     for number in range(3):
         ready.add(Entry(number, f"d{number}", "a"))
     ready.add(Entry(9, "other", "b"))
-    assert ready.room == 0
+    assert ready.room == 8
     assert [entry.did for entry in ready.pop_host("a", 2)] == ["d0", "d1"]
     assert ready.pop_host("none", 5) == []
-    assert ready.room == 2
+    assert ready.room == 10
+
+
+def test_one_host_takes_a_quarter_of_the_window_and_the_rest_is_read_again() -> None:
+    ready = ReadyQueue(16)
+    for number in range(10):
+        ready.add(Entry(number, f"d{number}", "a"))
+    ready.add(Entry(20, "other", "b"))
+    assert len(ready) == 5
+    assert (ready.crowded(), ready.left_out("a"), ready.left_out("b")) == (["a"], None, None)
+    assert [entry.did for entry in ready.pop_host("a", 3)] == ["d0", "d1", "d2"]
+    assert ready.left_out("a") == (4, "d4")
+    assert (ready.crowded(), ready.left_out("a")) == ([], None)
+
+
+def test_what_was_asked_for_finds_room_in_a_full_window() -> None:
+    ready = ReadyQueue(4)
+    ready.add(Entry(5, "d5", "a"))
+    ready.add(Entry(6, "d6", "a"))
+    ready.add(Entry(1, "asked", "a"), always=True)
+    popped = ready.pop(lambda _host: True)
+    assert popped is not None
+    assert popped.did == "asked"
+
+
+def test_what_could_begin_is_counted_by_host() -> None:
+    ready = ReadyQueue(100)
+    for number in range(5):
+        ready.add(Entry(number, f"a{number}", "a"))
+        ready.add(Entry(number, f"b{number}", "b"))
+    assert ready.startable(lambda _host: True, 10)
+    assert not ready.startable(lambda host: host == "a", 6)
+    assert ready.startable(lambda host: host == "a", 5)
+
+
+def test_reading_goes_back_to_what_had_no_room_and_never_ahead() -> None:
+    position = ReadPosition(overlap_us=5, rewind_us=1_000_000)
+    position.start(10)
+    position.page_end((7, "d7"))
+    position.back_to((9, "d9"))
+    assert position.start(11) == (7, "d7\0")
+    position.back_to((3, "d3"))
+    assert position.start(12) == (3, "d3")
 
 
 @given(

@@ -257,6 +257,12 @@ class World:
         await Job(self.backfill.tools, one.did).run()
         return self.row(one)
 
+    def forgive(self) -> None:
+        """No host is left alone any more."""
+        hosts = self.backfill.tools.hosts
+        hosts._hosts.clear()
+        hosts._changed.clear()
+
     async def drain(self, did: Did) -> None:
         self.drained.append(did)
         if self.can_drain:
