@@ -21,7 +21,6 @@ from indexer.atproto.types import Did
 from indexer.backfill import Backfill
 from indexer.cas import FsBlobStore
 from indexer.config import Settings
-from indexer.crawl.service import Crawler
 from indexer.errors import IndexerError
 from indexer.identity.http import HttpClient
 from indexer.identity.proxies import Proxies
@@ -68,7 +67,6 @@ class Daemon:
         self.writer: Writer
         self.ingest: Ingest
         self.backfill: Backfill
-        self.crawler: Crawler
         self.services: Services
         self.public: PublicServer
         self.management: ManagementServer

@@ -8,7 +8,6 @@ again. Event loop only; the small file writes go to the page cache.
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import AsyncIterator
 from itertools import count
@@ -20,7 +19,6 @@ import orjson
 
 from indexer.atproto.types import Did
 from indexer.backfill.budget import Share
-from indexer.backfill.verify import table_path
 from indexer.backfill.waits import Allowance, allowance_of
 from indexer.config import BackfillSettings
 from indexer.errors import FetchError, FetchRefused, FetchTransient
@@ -67,7 +65,6 @@ class Spool:
     def remove(self, car: Path) -> None:
         car.unlink(missing_ok=True)
         self.index_path(car).unlink(missing_ok=True)
-        shutil.rmtree(table_path(car), ignore_errors=True)  # of a verifier that died
 
 
 class Deadline:
