@@ -8,6 +8,7 @@ again. Event loop only; the small file writes go to the page cache.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator
 from itertools import count
