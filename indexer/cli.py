@@ -23,6 +23,10 @@ COMMANDS = {
     "simulate": ("indexer.commands.simulate:simulate", "Run only the simulated network."),
     "repo": ("indexer.commands.repo:repo", "Follow repositories and look at their state."),
     "source": ("indexer.commands.source:source", "List, add and remove upstreams; set their cursors."),
+    "crawler": (
+        "indexer.commands.crawler:crawler",
+        "List, add and remove the lists of accounts that are read.",
+    ),
     "filter": ("indexer.commands.filter:filter_", "Show and change what is followed and kept."),
     "get": ("indexer.commands.client:get", "Print a record by its at:// URI."),
     "stream": ("indexer.commands.client:stream", "Print the event stream."),

@@ -46,6 +46,7 @@ from indexer.setting_groups import StoreSettings as StoreSettings
 from indexer.setting_groups import StreamSettings as StreamSettings
 from indexer.setting_groups import WriterSettings as WriterSettings
 from indexer.setting_groups import XrpcSettings as XrpcSettings
+from indexer.setting_values import CRAWLER_MODES as CRAWLER_MODES
 from indexer.setting_values import (
     Directories,
     Folder,
@@ -53,7 +54,6 @@ from indexer.setting_values import (
     check_lists,
     describe,
 )
-from indexer.setting_values import CRAWLER_MODES as CRAWLER_MODES
 from indexer.setting_values import check_address as check_address
 from indexer.setting_values import parse_bind as parse_bind
 from indexer.setting_values import parse_crawler_source as parse_crawler_source

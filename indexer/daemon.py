@@ -21,6 +21,7 @@ from indexer.atproto.types import Did
 from indexer.backfill import Backfill
 from indexer.cas import FsBlobStore
 from indexer.config import Settings
+from indexer.crawl.service import Crawler
 from indexer.errors import IndexerError
 from indexer.identity.http import HttpClient
 from indexer.identity.proxies import Proxies
@@ -67,6 +68,7 @@ class Daemon:
         self.writer: Writer
         self.ingest: Ingest
         self.backfill: Backfill
+        self.crawler: Crawler
         self.services: Services
         self.public: PublicServer
         self.management: ManagementServer
@@ -114,6 +116,9 @@ class Daemon:
             self.db, self.writer, workers, resolver, http, settings,
             drain=self.ingest.drain, woken=self.ingest.wake, archives=archives, bans=self.ingest.bans,
         )  # fmt: skip
+        self.crawler = Crawler(
+            self.db, self.writer, http, resolver, self.backfill.tools.hosts, self.ingest, settings
+        )
         store_workers: dict[str, StoreWorker] = {
             "checkpoint": CheckpointWorker(self.db, self.writer, settings.gc),
             "blocks_gc": BlocksGcWorker(self.db, self.writer, settings.gc),
@@ -125,12 +130,14 @@ class Daemon:
             store_workers["audit"] = Auditor(self.db, self.writer, workers, settings)
         self.services = Services(
             self.db, self.writer, EventLog(self.db, self.writer), resolver, workers, filters, settings,
-            revisit, self.ingest, self.backfill, store_workers, archives, verifiers,
+            revisit, self.ingest, self.backfill, store_workers, archives, verifiers, self.crawler,
+            hosts=self.backfill.hosts,
         )  # fmt: skip
         for name, worker in store_workers.items():
             self._spawn(name, worker.run)
         self._spawn("backfill", self.backfill.run, self.backfill.stop)
         self._spawn("ingest", self.ingest.run, self.ingest.stop)
+        self._spawn("crawler", self.crawler.run, self.crawler.stop)
         await self._listen()
         await asyncio.gather(*begun)
         self._listening.set()

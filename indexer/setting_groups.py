@@ -269,7 +269,7 @@ class CrawlerSettings(Section):
     interval: Duration = Field(43200.0, gt=0, description="time from a sweep's beginning to the next one's")
     concurrency: int = Field(4, ge=1, description="sources and hosts asked for a page at one time")
     pages_per_s: float = Field(5.0, gt=0, description="pages a second that one source or host is asked for")
-    page_size: int = Field(1000, ge=1, le=2000, description="entries asked for in one page, as far as allowed")
+    page_size: int = Field(1000, ge=1, le=2000, description="entries asked for in one page, if allowed")
     max_page_kib: int = Field(4096, ge=1, description="largest page")
     max_pages: int = Field(200_000, ge=1, description="pages of a source after which a sweep gives up")
     host_pages: int = Field(5000, ge=1, description="pages of a listed host after which its sweep gives up")
@@ -281,11 +281,11 @@ class CrawlerSettings(Section):
         500, ge=1, description="collections asked for in one sweep, the largest of those seen for a `ns.*`"
     )
     max_queued: int = Field(
-        20_000, ge=1, description="repositories due or unchecked above which sweeps pause; they go on below half"
+        20_000, ge=1, description="repositories due or unchecked at which sweeps pause, until half is left"
     )
     checks: int = Field(8, ge=1, description="accounts at one time whose PDS is asked for their collections")
     check_tries: int = Field(8, ge=1, description="failures after which an account is not asked about again")
-    check_ttl: Duration = Field(604800.0, gt=0, description="how long an account without a signal is left alone")
+    check_ttl: Duration = Field(604800.0, gt=0, description="how long an account without a signal is left")
     max_checked: int = Field(1_000_000, ge=0, description="accounts without a signal that are remembered")
 
 

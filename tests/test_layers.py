@@ -28,8 +28,10 @@ ALLOWED = {
     "identity": _BASE | {"atproto"},
     "ingest": _BASE | {"atproto", "repo", "store", "identity", "pool"},
     "backfill": _BASE | {"atproto", "repo", "store", "identity", "pool", "ingest"},
-    "serve": _BASE | {"atproto", "repo", "store", "identity", "pool", "ingest", "backfill"},
-    "daemon": _BASE | {"atproto", "repo", "store", "cas", "identity", "pool", "ingest", "backfill", "serve"},
+    "crawl": _BASE | {"atproto", "store", "identity", "ingest", "backfill"},
+    "serve": _BASE | {"atproto", "repo", "store", "identity", "pool", "ingest", "backfill", "crawl"},
+    "daemon": _BASE
+    | {"atproto", "repo", "store", "cas", "identity", "pool", "ingest", "backfill", "crawl", "serve"},
 }
 #: The top: the command line may import everything.
 TOP = {"cli", "commands", "__main__", "__init__"}

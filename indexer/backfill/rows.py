@@ -42,17 +42,19 @@ def claimed(tx: Transaction, did: Did, epoch: int) -> RepoRow | None:
 class RequestUnit:
     """Repositories that somebody asked for are followed and come first; gives those acted on.
 
-    One that is complete already, or being worked on, stays as it is unless ``again``.
+    One that is complete already, or being worked on, stays as it is unless ``again``. Those that were not
+    asked for by anybody (not ``explicit``) get no place in front.
     """
 
     dids: Sequence[Did]
     busy: frozenset[Did]
     ephemeral: bool
     again: bool
+    explicit: bool = True
 
     def __call__(self, tx: Transaction) -> list[Did]:
         acted = []
-        due = explicit_due(tx.now_us)
+        due = explicit_due(tx.now_us) if self.explicit else tx.now_us
         for did in dict.fromkeys(self.dids):
             row = tx.repo(did)
             asked = self._asked(row or NEW_REPO, did, due)

@@ -11,7 +11,8 @@ from indexer.store.transaction import Transaction
 
 FIREHOSE: Final = "firehose"
 BACKFILL: Final = "backfill"
-PARTS: Final = (FIREHOSE, BACKFILL)
+CRAWLER: Final = "crawler"
+PARTS: Final = (CRAWLER, FIREHOSE, BACKFILL)
 _ROW: Final = "paused"
 
 

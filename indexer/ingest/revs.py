@@ -233,7 +233,7 @@ class RevComparison:
         return [
             did
             for did, row in zip(dids, rows, strict=True)
-            if row is not None and _is_behind(row, page.revs[did])
+            if row is not None and is_behind(row, page.revs[did])
         ]
 
     def _found(self, tx: Transaction, name: str, task: Task, page: Page, behind: list[Did]) -> Task | None:
@@ -254,7 +254,7 @@ class RevComparison:
 
     def _mark(self, tx: Transaction, did: Did, rev: Rev) -> bool:
         row = tx.repo(did)
-        if row is None or not _is_behind(row, rev):
+        if row is None or not is_behind(row, rev):
             return False
         self._applier.store(tx, did, row, row._replace(work=row.work | Work.COMPARE_REV))
         return True
@@ -272,7 +272,7 @@ class RevComparison:
         await self._tools.writer.run("compare_revs", step)
 
 
-def _is_behind(row: RepoRow, rev: Rev) -> bool:
+def is_behind(row: RepoRow, rev: Rev) -> bool:
     """Whether the listed rev makes it worth asking the repository's host."""
     if not row.tracked or not row.status.active or rev <= row.rev:
         return False

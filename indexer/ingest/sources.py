@@ -213,7 +213,7 @@ class Sources:
                     _forget(tx, name, self._tools.db.counts(f"ingest/{name}/"))
 
             await self._tools.writer.run("source_remove", store)
-            self._words.wake()
+            self.wake_unheard()
             followed.enabled = False
             followed.pipeline.position.forget()
             if not followed.from_settings:
@@ -260,6 +260,10 @@ class Sources:
         await self._tools.writer.run("compare_revs", lambda tx: revs.schedule(tx, name, "request"))
         self.revs.wake()
         return name
+
+    def wake_unheard(self) -> None:
+        """Words of somebody who is heard no longer were planned to be dropped."""
+        self._words.wake()
 
     async def pause(self, paused: bool) -> None:
         """Ends every connection, or lets them be made again; storing the decision is the caller's."""

@@ -107,6 +107,7 @@ def statistics(services: Services, streams: StreamHub | None, xrpc: Xrpc | None)
         },
         "writer": plain(writer.stats),
         "backfill": {"pending": pending(services), **_figures(services.backfill)},
+        "crawler": _figures(services.crawler),
         "workers": workers(services),
         "store": store(services),
         "streams": streams.status() if streams else {},

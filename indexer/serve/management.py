@@ -22,6 +22,7 @@ from indexer.serve import health
 from indexer.serve.http_errors import error_response, errors_middleware, json_response
 from indexer.serve.listener import Listener
 from indexer.serve.management_archive import ARCHIVE, ArchiveRoutes
+from indexer.serve.management_crawler import CrawlerRoutes
 from indexer.serve.management_db import DatabaseRoutes
 from indexer.serve.management_debug import DebugRoutes
 from indexer.serve.management_filter import FilterRoutes
@@ -101,6 +102,7 @@ class ManagementServer:
         FilterRoutes(self.services).add_to(app)
         DatabaseRoutes(self.services).add_to(app)
         IngestRoutes(self.services).add_to(app)
+        CrawlerRoutes(self.services).add_to(app)
         DebugRoutes(self.services).add_to(app)
         return app
 

@@ -15,7 +15,7 @@ import orjson
 from aiohttp import web
 
 from indexer.errors import RequestError
-from indexer.ingest.controls import BACKFILL, FIREHOSE, PARTS, paused_parts, store_paused
+from indexer.ingest.controls import BACKFILL, CRAWLER, FIREHOSE, PARTS, paused_parts, store_paused
 from indexer.ingest.sources import MAX_SEQ, Sources
 from indexer.serve.http_errors import json_response
 from indexer.serve.xrpc.params import Params
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from indexer.serve.services import Services
 
 T = TypeVar("T")
-_CRAWLER: Final = "crawler"
 _FLAGS: Final = ("is_pds", "running", "failing", "throttled", "connected", "enabled", "persisted")
 #: Where following may go on, besides at a number.
 _PLACES: Final[Mapping[str, int | None]] = {"oldest": 0, "live": None}
@@ -81,13 +80,13 @@ class IngestRoutes:
 
     async def add_source(self, request: web.Request) -> web.StreamResponse:
         """`{"url", "is_pds"?, "cursor"?}`: 201 for a new one, 200 for one that is connected anew."""
-        body = await _body(request, ("url", "is_pds", "cursor"))
+        body = await read_object(request, ("url", "is_pds", "cursor"))
         cursor = _cursor(body["cursor"]) if "cursor" in body else None
         live = "cursor" in body and cursor is None
         change = self._sources.add(_url(body), is_pds=_is_pds(body) or False, cursor=cursor)
-        added = await _whole(change)
+        added = await whole(change)
         if live and not added.new:
-            await _whole(self._sources.set_cursor(added.name, None))
+            await whole(self._sources.set_cursor(added.name, None))
         sources = self._sources
         answer = sources.describe(sources.find(added.name))
         return json_response(answer, status=201 if added.new else 200)
@@ -96,8 +95,8 @@ class IngestRoutes:
         """`{"url", "is_pds"?}`; ``forget=true``: its cursor and counts go too."""
         params = Params(request.query)
         forget = params.flag("forget")
-        body = await _body(request, ("url", "is_pds"), params.optional("url"))
-        removed = await _whole(self._sources.remove(_url(body), is_pds=_is_pds(body), forget=forget))
+        body = await read_object(request, ("url", "is_pds"), params.optional("url"))
+        removed = await whole(self._sources.remove(_url(body), is_pds=_is_pds(body), forget=forget))
         return json_response(
             {"name": removed.name, "persisted": not removed.from_settings, "forgotten": forget}
         )
@@ -111,26 +110,26 @@ class IngestRoutes:
 
     async def set_cursor(self, request: web.Request) -> web.StreamResponse:
         """`{"url" or "key", "cursor"}`: a number, "oldest", "live", or "accept" for a new numbering."""
-        body = await _body(request, ("url", "key", "is_pds", "cursor"))
+        body = await read_object(request, ("url", "key", "is_pds", "cursor"))
         if "cursor" not in body:
             raise RequestError('cursor is required: a number, "oldest", "live" or "accept"')
         url, is_pds = _url(body), _is_pds(body)
         if body["cursor"] == _ACCEPT:
-            cursor: int | None = await _whole(self._sources.accept(url, is_pds=is_pds))
+            cursor: int | None = await whole(self._sources.accept(url, is_pds=is_pds))
         else:
             cursor = _cursor(body["cursor"])
-            await _whole(self._sources.set_cursor(url, cursor, is_pds=is_pds))
+            await whole(self._sources.set_cursor(url, cursor, is_pds=is_pds))
         return json_response({"name": self._sources.find(url, is_pds).name, "cursor": cursor})
 
     async def reset_cursor(self, request: web.Request) -> web.StreamResponse:
         """`{"key" or "url"}`: following begins anew with the oldest message that the upstream retains."""
-        body = await _body(request, ("url", "key", "is_pds"), Params(request.query).optional("url"))
-        name = await _whole(self._sources.set_cursor(_url(body), 0, is_pds=_is_pds(body)))
+        body = await read_object(request, ("url", "key", "is_pds"), Params(request.query).optional("url"))
+        name = await whole(self._sources.set_cursor(_url(body), 0, is_pds=_is_pds(body)))
         return json_response({"name": name, "cursor": 0})
 
     async def compare(self, request: web.Request) -> web.StreamResponse:
         """`{"url"}`: what the upstream lists is compared with what we hold, as after a possible loss."""
-        body = await _body(request, ("url", "is_pds"))
+        body = await read_object(request, ("url", "is_pds"))
         if self._services.db.mode.ephemeral:
             raise RequestError("nothing is fetched in ephemeral mode", status=501, name="NotSupported")
         name = await self._sources.compare_revs(_url(body), is_pds=_is_pds(body))
@@ -143,32 +142,34 @@ class IngestRoutes:
         return json_response(_shown(paused_parts(self._services.db)))
 
     async def patch_ingestion(self, request: web.Request) -> web.StreamResponse:
-        """`{"firehose"?: bool, "backfill"?: bool}`, kept over restarts."""
-        body = await _body(request, (_CRAWLER, *PARTS))
+        """`{"crawler"?: bool, "firehose"?: bool, "backfill"?: bool}`, kept over restarts."""
+        body = await read_object(request, PARTS)
         if not body or not all(isinstance(value, bool) for value in body.values()):
             raise RequestError(f"an object of {', '.join(PARTS)} to true or false is wanted")
-        if body.get(_CRAWLER):
-            raise RequestError("crawler: this program has none", status=501, name="NotSupported")
         services, db = self._services, self._services.db
         off = {part for part in PARTS if not body.get(part, part not in paused_parts(db))}
         await services.writer.run("ingestion", lambda tx: store_paused(tx, off))
         if services.ingest is not None:
-            await _whole(services.ingest.sources.pause(FIREHOSE in off))
+            await whole(services.ingest.sources.pause(FIREHOSE in off))
         if services.backfill is not None:
             services.backfill.pause(BACKFILL in off)
+        if services.crawler is not None:
+            services.crawler.pause(CRAWLER in off)
         return json_response(_shown(frozenset(off)))
 
 
-async def _whole(change: Coroutine[Any, Any, T]) -> T:
+async def whole(change: Coroutine[Any, Any, T]) -> T:
     """A change that goes on to its end where the one who asked for it does not wait so long."""
     return await asyncio.shield(asyncio.ensure_future(change))
 
 
 def _shown(paused: frozenset[str]) -> dict[str, bool]:
-    return {_CRAWLER: False, **{part: part not in paused for part in PARTS}}
+    return {part: part not in paused for part in PARTS}
 
 
-async def _body(request: web.Request, fields: tuple[str, ...], url: str | None = None) -> dict[str, Any]:
+async def read_object(
+    request: web.Request, fields: tuple[str, ...], url: str | None = None
+) -> dict[str, Any]:
     """The request's JSON object with none but these fields; ``url`` stands in for an absent body."""
     raw = await request.read()
     if not raw and url is not None:

@@ -106,6 +106,12 @@ class Metrics(Collector):
     def _parts(self) -> Iterator[Metric]:
         backfill = self._services.backfill
         yield _numbers("backfill", "Fetching of repositories", backfill.status() if backfill else {})
+        crawler = self._services.crawler
+        found = crawler.status() if crawler else {}
+        yield _numbers("crawler", "Looking for accounts", found)
+        yield _by_label(
+            "crawler_total", "What the crawler read and found", "outcome", found.get("totals", {})
+        )
         family = GaugeMetricFamily(
             "indexer_worker", "Figures of the store's workers", labels=["worker", "figure"]
         )

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from indexer.atproto.types import Did, Handle
+from indexer.backfill.host_book import HostBook
 from indexer.config import Settings
+from indexer.crawl.targets import Added, Target, Targets
 from indexer.ingest.filters import Filters
 from indexer.ingest.revisit import Revisit
 from indexer.ingest.sources import Sources
@@ -52,6 +54,25 @@ class BackfillLike(Protocol):
     def status(self) -> Mapping[str, Any]: ...
 
 
+class CrawlerLike(Protocol):
+    """The side that looks for accounts."""
+
+    async def add(self, url: str, mode: str | None = None) -> Added: ...
+
+    async def remove(self, url: str, mode: str | None = None) -> Target: ...
+
+    async def reset(self, url: str, mode: str | None = None) -> Target: ...
+
+    @property
+    def targets(self) -> Targets: ...
+
+    def pause(self, paused: bool, /) -> None: ...
+
+    def sources(self) -> list[dict[str, Any]]: ...
+
+    def status(self) -> Mapping[str, Any]: ...
+
+
 class WorkerLike(Protocol):
     """A background worker of the store."""
 
@@ -80,6 +101,9 @@ class Services:
     workers: Mapping[str, WorkerLike] = field(default_factory=dict)
     archives: Archives | None = None
     verifiers: Pool | None = None
+    crawler: CrawlerLike | None = None
+    #: What is known of hosts, and said of them.
+    hosts: HostBook | None = None
 
     def current_filters(self) -> Filters:
         """The filters in force: what was stored over what is set."""

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import gzip
 import time
+from base64 import b32encode
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any, Final, Literal, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
 
 import orjson
 
 from indexer.simulator.fault_cars import CARS, Subject
 from indexer.simulator.faults import (
+    BY_COLLECTION,
     DNS,
     DOCUMENT,
     GET_REPO,
     LATEST,
+    LIST_HOSTS,
     LIST_REPOS,
     RESOLVE_HANDLE,
     ROUTES,
@@ -40,6 +45,8 @@ _STRANGER = "did:plc:" + "z" * 24
 
 HTTP: Final = frozenset(ROUTES) - {DNS}
 _HANDLES: Final = frozenset({WELL_KNOWN, RESOLVE_HANDLE})
+_REPO_LISTS: Final = frozenset({LIST_REPOS, BY_COLLECTION})
+_LISTS: Final = _REPO_LISTS | {LIST_HOSTS}
 
 
 class Answer(NamedTuple):
@@ -249,6 +256,45 @@ def _repeated_cursor(case: Case, value: float | str | None) -> Answer | None:
     return Answer(orjson.dumps(orjson.loads(case.body) | {"cursor": _text(value, "again")}))
 
 
+def _asked_cursor(case: Case) -> str:
+    return dict(parse_qsl(urlsplit(case.url).query)).get("cursor", "")
+
+
+def _circular_cursor(case: Case, value: float | str | None) -> Answer | None:
+    """After a few pages the list begins anew and never ends; each page is the first one."""
+    if case.status != 200:
+        return None
+    size = int(_number(value, 5))
+    asked = _asked_cursor(case).removeprefix("circle")
+    turn = (int(asked) + 1) % size if asked.isdigit() else 0
+    return Answer(orjson.dumps(orjson.loads(case.body) | {"cursor": f"circle{turn}"}))
+
+
+def _endless_list(case: Case, value: float | str | None) -> Answer | None:
+    """Pages without end, each of accounts that nobody has."""
+    asked = _asked_cursor(case).removeprefix("page")
+    page = int(asked) + 1 if asked.isdigit() else 1
+    repos = _invented(f"{page}", int(_number(value, 3)))
+    return Answer(orjson.dumps({"repos": repos, "hosts": [], "cursor": f"page{page}"}))
+
+
+def _invented_repos(case: Case, value: float | str | None) -> Answer | None:
+    """Among the true ones, accounts that nobody has."""
+    if case.status != 200:
+        return None
+    page = orjson.loads(case.body)
+    invented = _invented(case.url, int(_number(value, 5)))
+    return Answer(orjson.dumps(page | {"repos": [*invented, *page["repos"]]}))
+
+
+def _invented(seed: str, number: int) -> list[dict[str, Any]]:
+    dids = (
+        "did:plc:" + b32encode(sha256(f"{seed}/{n}".encode()).digest())[:24].decode().lower()
+        for n in range(number)
+    )
+    return [{"did": did, "head": "", "rev": tid(int(time.time() * 1e6)), "active": True} for did in dids]
+
+
 def _broken_entries(case: Case, value: float | str | None) -> Answer | None:
     if case.status != 200:
         return None
@@ -270,8 +316,11 @@ def _handle(did: Callable[[float | str | None], str]) -> Callable[[Case, float |
 _OTHERS: Mapping[str, Kind] = {
     "lying_status": Kind(frozenset({STATUS}), _lying_status),
     "lying_rev": Kind(frozenset({STATUS, LATEST}), _lying_rev),
-    "repeated_cursor": Kind(frozenset({LIST_REPOS}), _repeated_cursor),
-    "broken_entries": Kind(frozenset({LIST_REPOS}), _broken_entries),
+    "repeated_cursor": Kind(_LISTS, _repeated_cursor),
+    "circular_cursor": Kind(_LISTS, _circular_cursor),
+    "endless_list": Kind(_LISTS, _endless_list),
+    "invented_repos": Kind(_REPO_LISTS, _invented_repos),
+    "broken_entries": Kind(_REPO_LISTS, _broken_entries),
     "wrong_did": Kind(_HANDLES | {DNS}, _handle(lambda value: _text(value, _STRANGER))),
     "malformed_did": Kind(_HANDLES | {DNS}, _handle(lambda value: "did:plc:not a did")),
     "several_dids": Kind(frozenset({DNS}), None),

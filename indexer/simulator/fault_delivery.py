@@ -21,10 +21,13 @@ from indexer.simulator.account import Account
 from indexer.simulator.fault_answers import KINDS, Answer, Case
 from indexer.simulator.fault_cars import Subject
 from indexer.simulator.faults import (
+    BY_COLLECTION,
+    DESCRIBE,
     DOCUMENT,
     GET_RECORD,
     GET_REPO,
     LATEST,
+    LIST_HOSTS,
     LIST_REPOS,
     OTHER,
     RESOLVE_HANDLE,
@@ -47,6 +50,9 @@ _ROUTES: Final = {
     "/xrpc/com.atproto.sync.getRepoStatus": STATUS,
     "/xrpc/com.atproto.sync.getLatestCommit": LATEST,
     "/xrpc/com.atproto.sync.listRepos": LIST_REPOS,
+    "/xrpc/com.atproto.sync.listReposByCollection": BY_COLLECTION,
+    "/xrpc/com.atproto.sync.listHosts": LIST_HOSTS,
+    "/xrpc/com.atproto.repo.describeRepo": DESCRIBE,
     "/xrpc/com.atproto.identity.resolveHandle": RESOLVE_HANDLE,
     "/.well-known/atproto-did": WELL_KNOWN,
     "/.well-known/did.json": DOCUMENT,
@@ -102,7 +108,7 @@ def _account(network: SimulatedNetwork, request: web.Request, route: str) -> Acc
     if route in (WELL_KNOWN, RESOLVE_HANDLE):
         handle = host_name(request) if route == WELL_KNOWN else request.query.get("handle", "")
         return network.by_handle(handle)
-    return accounts.get(request.query.get("did", ""))
+    return accounts.get(request.query.get("repo" if route == DESCRIBE else "did", ""))
 
 
 async def _case(

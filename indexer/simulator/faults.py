@@ -20,9 +20,11 @@ DOCUMENT, GET_REPO, GET_RECORD, STATUS, LATEST = (
     "document", "getRepo", "getRecord", "getRepoStatus", "getLatestCommit",
 )  # fmt: skip
 LIST_REPOS, RESOLVE_HANDLE, WELL_KNOWN, DNS = "listRepos", "resolveHandle", "wellKnown", "dns"
+BY_COLLECTION, LIST_HOSTS, DESCRIBE = "listReposByCollection", "listHosts", "describeRepo"
 OTHER = "other"
 ROUTES = (
-    DOCUMENT, GET_REPO, GET_RECORD, STATUS, LATEST, LIST_REPOS, RESOLVE_HANDLE, WELL_KNOWN, DNS, OTHER,
+    DOCUMENT, GET_REPO, GET_RECORD, STATUS, LATEST, LIST_REPOS, BY_COLLECTION, LIST_HOSTS, DESCRIBE,
+    RESOLVE_HANDLE, WELL_KNOWN, DNS, OTHER,
 )  # fmt: skip
 
 

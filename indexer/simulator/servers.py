@@ -16,6 +16,7 @@ from indexer.simulator.account import ACTIVE, DELETED, Account
 from indexer.simulator.cbor import cid_text, to_json
 from indexer.simulator.documents import document
 from indexer.simulator.fault_delivery import WHOLE, faulty, host_name
+from indexer.simulator.framelog import Lane
 from indexer.simulator.stream import subscribe
 from indexer.simulator.wire import car, car_chunks
 
@@ -120,10 +121,6 @@ def pds_app(network: SimulatedNetwork, number: int) -> web.Application:
     async def list_records(request: web.Request) -> web.StreamResponse:
         return _page_of_records(request, hosted(request, "repo"))
 
-    async def stream(request: web.Request) -> web.StreamResponse:
-        lane = network.pds_lanes[number]
-        return await subscribe(request, lane, lane=lane)
-
     return _app(
         network,
         f"pds{number}",
@@ -133,9 +130,10 @@ def pds_app(network: SimulatedNetwork, number: int) -> web.Application:
             "/xrpc/com.atproto.sync.getLatestCommit": latest_commit,
             "/xrpc/com.atproto.sync.getRepoStatus": repo_status,
             "/xrpc/com.atproto.sync.listRepos": list_repos,
-            "/xrpc/com.atproto.sync.subscribeRepos": stream,
+            "/xrpc/com.atproto.sync.subscribeRepos": _stream(network.pds_lanes[number]),
             "/xrpc/com.atproto.repo.getRecord": get_record,
             "/xrpc/com.atproto.repo.listRecords": list_records,
+            "/xrpc/com.atproto.repo.describeRepo": _describer(network, number, hosted),
             "/xrpc/com.atproto.identity.resolveHandle": _resolver(network),
             "/.well-known/atproto-did": _well_known(network),
             "/.well-known/did.json": _did_web(network),
@@ -175,9 +173,12 @@ def relay_app(network: SimulatedNetwork, number: int = 0) -> web.Application:
     async def list_repos(request: web.Request) -> web.StreamResponse:
         return _page_of_repos(request, [item for item in world.accounts.values() if item.seen], None)
 
-    async def stream(request: web.Request) -> web.StreamResponse:
-        lane = network.relays[number]
-        return await subscribe(request, lane, lane=lane)
+    async def list_by_collection(request: web.Request) -> web.StreamResponse:
+        seen = [item for item in world.accounts.values() if item.seen and item.status == ACTIVE]
+        return _page_by_collection(request, seen)
+
+    async def list_hosts(request: web.Request) -> web.StreamResponse:
+        return _page_of_hosts(request, network)
 
     return _app(
         network,
@@ -187,7 +188,9 @@ def relay_app(network: SimulatedNetwork, number: int = 0) -> web.Application:
             "/xrpc/com.atproto.sync.getLatestCommit": latest_commit,
             "/xrpc/com.atproto.sync.getRepoStatus": repo_status,
             "/xrpc/com.atproto.sync.listRepos": list_repos,
-            "/xrpc/com.atproto.sync.subscribeRepos": stream,
+            "/xrpc/com.atproto.sync.listReposByCollection": list_by_collection,
+            "/xrpc/com.atproto.sync.listHosts": list_hosts,
+            "/xrpc/com.atproto.sync.subscribeRepos": _stream(network.relays[number]),
             "/xrpc/com.atproto.identity.resolveHandle": _resolver(network),
         },
     )
@@ -223,6 +226,13 @@ def _app(network: SimulatedNetwork, host: str, routes: dict[str, Handler]) -> we
     for path, handler in routes.items():
         app.router.add_get(path, handler)
     return app
+
+
+def _stream(lane: Lane) -> Handler:
+    async def stream(request: web.Request) -> web.StreamResponse:
+        return await subscribe(request, lane, lane=lane)
+
+    return stream
 
 
 def _resolver(network: SimulatedNetwork) -> Handler:
@@ -290,6 +300,60 @@ def _page_of_repos(request: web.Request, accounts: list[Account], pds: int | Non
     if len(left) > limit:
         answer["cursor"] = left[limit - 1].did
     return reply(answer)
+
+
+def _page_by_collection(request: web.Request, accounts: list[Account]) -> web.Response:
+    """Who has records of a collection, by DID."""
+    collection = request.query.get("collection", "")
+    if not collection:
+        raise _Refused("InvalidRequest", "collection is required")
+    limit, cursor = _limit(request, 500, 2000), request.query.get("cursor", "")
+    left = sorted(item.did for item in accounts if item.did > cursor and collection in _collections(item))
+    answer: dict[str, Any] = {"repos": [{"did": did} for did in left[:limit]]}
+    if len(left) > limit:
+        answer["cursor"] = left[limit - 1]
+    return reply(answer)
+
+
+def _collections(account: Account) -> list[str]:
+    return sorted({path.partition("/")[0] for path in account.records})
+
+
+def _page_of_hosts(request: web.Request, network: SimulatedNetwork) -> web.Response:
+    """The PDSes, as a relay knows them; the cursor is a number of its own."""
+    limit, cursor = _limit(request, 200, 1000), request.query.get("cursor", "0")
+    first = int(cursor) if cursor.isascii() and cursor.isdigit() else 0
+    urls, accounts = network.pds_urls, list(network.world.accounts.values())
+    hosts = [
+        {
+            "hostname": urls[number].partition("://")[2],
+            "seq": network.pds_lanes[number].seq,
+            "accountCount": sum(item.pds == number for item in accounts),
+            "status": "active",
+        }
+        for number in range(len(urls))
+    ]
+    answer: dict[str, Any] = {"hosts": hosts[first : first + limit]}
+    if len(hosts) > first + limit:
+        answer["cursor"] = str(first + limit)
+    return reply(answer)
+
+
+def _describer(
+    network: SimulatedNetwork, number: int, hosted: Callable[[web.Request, str], Account]
+) -> Handler:
+    async def describe(request: web.Request) -> web.StreamResponse:
+        account = hosted(request, "repo")
+        answer = {
+            "did": account.did,
+            "handle": account.handle,
+            "didDoc": document(account.did, account.handle, account.key.multikey, network.pds_urls[number]),
+            "collections": _collections(account),
+            "handleIsCorrect": True,
+        }
+        return reply(answer)
+
+    return describe
 
 
 def _page_of_records(request: web.Request, account: Account) -> web.Response:

@@ -125,7 +125,9 @@ SOURCES: Final[Keyspace[tuple[str, str], SourceRow]] = Keyspace("sources", _PAIR
 HOSTS: Final[Keyspace[str, HostRow]] = Keyspace("hosts", _NAME, _HOST)
 #: By kind and name: where the crawler is at its sources and at the hosts that they list, the accounts whose
 #: collections are to be asked for, and those that were found without a signal.
-CRAWL: Final[Keyspace[tuple[str, str], Any]] = Keyspace("crawl", _PAIR, _ANY, Tuning(bloom=True, collected=True))
+CRAWL: Final[Keyspace[tuple[str, str], Any]] = Keyspace(
+    "crawl", _PAIR, _ANY, Tuning(bloom=True, collected=True)
+)
 QUARANTINE: Final[Keyspace[int, QuarantineRow]] = Keyspace(
     "quarantine", _U64, _QUARANTINE, Tuning(16, collected=True)
 )

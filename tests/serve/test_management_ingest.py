@@ -92,7 +92,7 @@ _REFUSED: list[tuple[str, str, Any, str]] = [
     ("POST", "/firehose/cursors", {"url": "ws://127.0.0.1:9", "cursor": "now"}, "cursor must be"),
     ("PATCH", "/ingestion", {}, "firehose"),
     ("PATCH", "/ingestion", {"firehose": 1}, "true or false"),
-    ("PATCH", "/ingestion", {"crawler": True}, "crawler"),
+    ("PATCH", "/ingestion", {"crawler": 1}, "crawler"),
     ("GET", "/firehose/sources?running=maybe", None, "running"),
 ]
 
@@ -138,10 +138,10 @@ async def test_a_comparison_of_revs_can_be_asked_for(tmp_path: Path) -> None:
 async def test_parts_are_paused_over_restarts(tmp_path: Path) -> None:
     async with scripted() as upstream:
         async with managed(tmp_path, [upstream.url]) as node:
-            on = {"crawler": False, "firehose": True, "backfill": True}
+            on = {"crawler": True, "firehose": True, "backfill": True}
             assert await node.call("GET", "/ingestion") == (200, on)
             off = {"firehose": False, "backfill": False}
-            assert await node.call("PATCH", "/ingestion", off) == (200, {"crawler": False, **off})
+            assert await node.call("PATCH", "/ingestion", off) == (200, {"crawler": True, **off})
             assert await node.sources("?running=true") == []
             assert node.daemon.backfill.status()["paused"] == "operator"
             assert await node.ready() == (200, [])  # what was switched off is not missed

@@ -1,0 +1,97 @@
+"""`indexer crawler source`: the lists of accounts that are read, through a running daemon.
+
+Owns the options and the output. A source is named as in the settings: `[mode::]https://host`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from indexer.commands.client import Daemon, run_client, safe_json, safe_text, with_daemon
+
+_json = click.option("--json", "raw", is_flag=True, help="JSON.")
+
+
+@click.group()
+def crawler() -> None:
+    """Look for accounts in the lists of relays, collection directories and PDSes."""
+
+
+@crawler.group()
+def source() -> None:
+    """List, add and remove the lists that are read; begin their sweeps anew."""
+
+
+@source.command("list")
+@_json
+@with_daemon
+def list_sources(daemon: Daemon, raw: bool) -> None:
+    """List sources: name, state, how far the sweep is, what it found."""
+
+    async def main() -> None:
+        for item in await daemon.manage("GET", "/crawler/sources"):
+            _show(item, raw)
+
+    run_client(main())
+
+
+@source.command()
+@click.argument("wanted", metavar="[MODE::]URL")
+@_json
+@with_daemon
+def add(daemon: Daemon, wanted: str, raw: bool) -> None:
+    """Read the list at URL from now on, also after a restart. MODE: list_repos, by_collection or hosts."""
+
+    async def main() -> None:
+        _show(await daemon.manage("POST", "/crawler/sources", {"url": wanted}), raw)
+
+    run_client(main())
+
+
+@source.command()
+@click.argument("wanted", metavar="[MODE::]URL")
+@_json
+@with_daemon
+def remove(daemon: Daemon, wanted: str, raw: bool) -> None:
+    """Read it no longer. One of the settings stays listed, switched off."""
+
+    async def main() -> None:
+        answer = await daemon.manage("DELETE", "/crawler/sources", {"url": wanted})
+        click.echo(safe_json(json.dumps(answer)) if raw else safe_text(f"{answer['name']}  removed"))
+
+    run_client(main())
+
+
+@source.command()
+@click.argument("wanted", metavar="[MODE::]URL")
+@_json
+@with_daemon
+def reset(daemon: Daemon, wanted: str, raw: bool) -> None:
+    """Begin a new sweep of it now."""
+
+    async def main() -> None:
+        _show(await daemon.manage("DELETE", "/crawler/cursors", {"url": wanted}), raw)
+
+    run_client(main())
+
+
+def _show(item: Mapping[str, Any], raw: bool) -> None:
+    click.echo(safe_json(json.dumps(item)) if raw else _line(item))
+
+
+def _line(item: Mapping[str, Any]) -> str:
+    """A source for people."""
+    state = "off" if not item["enabled"] else "sweeping" if item["sweeping"] else "waiting"
+    notes = [f"{item['pages']} pages", f"{item['listed']} listed", f"{item['found']} new"]
+    if item["collection"]:
+        notes.append(f"at {item['collection']}")
+    if "hosts" in item:
+        notes.append(f"{item['hosts']} hosts")
+    if item["last_outcome"]:
+        notes.append(f"last sweep: {item['last_outcome']}")
+    notes += [text for text in (item["error"], item["note"]) if text]
+    return safe_text(f"{item['name']}  {state}  {', '.join(notes)}")

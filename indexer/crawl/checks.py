@@ -1,0 +1,287 @@
+"""Accounts of which a list does not tell whether they hold a collection that is looked for.
+
+Owns the questions to their PDSes (describeRepo) and what the answers do: an account with a signal is queued,
+one without is remembered for a while. What waits stands in the store, so that a kill loses no account;
+a window of it is in memory, by host; the book of hosts says how fast one may be asked. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+from indexer.atproto.types import Did, Micros
+from indexer.backfill.hosts import host_of
+from indexer.backfill.queue import Entry, ReadyQueue
+from indexer.backfill.rows import RequestUnit
+from indexer.backfill.waits import allowance_of
+from indexer.crawl.pages import describe_url, read_collections
+from indexer.crawl.sweep import looked_for
+from indexer.crawl.sweeper import nothing_to_find
+from indexer.crawl.tools import TALLY, WAITING, WITHOUT, CrawlTools, tally
+from indexer.errors import (
+    FetchError,
+    FetchRefused,
+    FetchTransient,
+    IdentityError,
+    IdentityGone,
+    IndexerError,
+    StoreError,
+)
+from indexer.store.codecs import did_range, encode_pair
+from indexer.store.keyspaces import CRAWL
+from indexer.store.transaction import Transaction
+
+log = structlog.get_logger()
+
+_WINDOW: Final = 500
+_LOW_WATER: Final = 100
+#: Time between two looks for accounts that became due, in seconds.
+_POLL_S: Final = 1.0
+_MAX_BODY: Final = 256 << 10
+#: Rows without a signal that are looked at, in one step, whether they are believed any longer.
+_SWEEP_STEP: Final = 500
+#: A held host's accounts are looked at again after so long.
+_HELD_S: Final = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class SettleUnit:
+    """An account waits no longer. ``found``: it is queued; else it is remembered until ``believed_us``, for
+    what was looked for, unless that is 0."""
+
+    did: Did
+    outcome: str
+    found: bool
+    ephemeral: bool
+    believed_us: Micros
+    asked: str
+    most: int
+
+    def __call__(self, tx: Transaction) -> bool:
+        if tx.crawl_row(WAITING, self.did) is None:
+            return False
+        tx.set_crawl_row(WAITING, self.did, None)
+        tally(tx, self.outcome)
+        if self.found:
+            new = [] if tx.repo(self.did) is not None else [self.did]
+            queued = RequestUnit(new, frozenset(), self.ephemeral, again=False, explicit=False)(tx)
+            tally(tx, "found", len(queued))
+            return bool(queued)
+        if self.believed_us and tx.count(f"crawl/{WITHOUT}") < self.most:
+            tx.set_crawl_row(WITHOUT, self.did, [self.believed_us, self.asked])
+        return False
+
+
+class Checks:
+    """``run`` asks about what waits."""
+
+    def __init__(self, tools: CrawlTools) -> None:
+        self._tools = tools
+        self._ready = ReadyQueue(_WINDOW)
+        self._busy: dict[Did, asyncio.Task[None]] = {}
+        self._after = ""  # the last account that was read into the window
+        self._read_again_at = 0.0
+        self._woken = asyncio.Event()
+        self.paused = False
+
+    def wake(self) -> None:
+        """Something waits, or may go on."""
+        self._read_again_at = 0.0
+        self._woken.set()
+
+    def status(self) -> dict[str, int]:
+        """Figures for `/stats`."""
+        db = self._tools.db
+        return {
+            "waiting": db.count(f"crawl/{WAITING}"),
+            "asking": len(self._busy),
+            "remembered": db.count(f"crawl/{WITHOUT}"),
+        }
+
+    async def run(self) -> None:
+        """Until cancelled; a failure of our own store ends it."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._forget_old(), name="crawl-forget")
+            while True:
+                self._woken.clear()
+                if not self.paused:
+                    self._start(tasks)
+                try:
+                    async with asyncio.timeout(_POLL_S):
+                        await self._woken.wait()
+                except TimeoutError:
+                    pass
+
+    def _start(self, tasks: asyncio.TaskGroup) -> None:
+        """Asks about as many as may be asked about."""
+        if len(self._ready) < _LOW_WATER:
+            self._refill()
+        while len(self._busy) < self._tools.limits.checks:
+            entry = self._ready.pop(self._tools.hosts.free)
+            if entry is None:
+                return
+            task = tasks.create_task(self._work(entry), name=f"crawl-check {entry.did}")
+            self._busy[entry.did] = task
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._busy = {did: busy for did, busy in self._busy.items() if busy is not task}
+        self._woken.set()
+
+    def _refill(self) -> None:
+        """Reads on among what waits, from the front again once the end is reached."""
+        loop_time = time.monotonic()
+        if loop_time < self._read_again_at:
+            return
+        first, stop = did_range(WAITING)
+        start = encode_pair((WAITING, self._after)) + b"\0" if self._after else first
+        rows = list(self._tools.db.scan(CRAWL, start, stop, limit=_WINDOW))
+        now = self._tools.clock()
+        for (_, did), (due, _failures) in rows:
+            if due <= now and did not in self._busy and did not in self._ready:
+                self._ready.add(Entry(due, did, self._host_hint(did)))
+        if len(rows) < _WINDOW:
+            self._after = ""
+            self._read_again_at = loop_time + _POLL_S
+        else:
+            self._after = rows[-1][0][1]
+
+    def _host_hint(self, did: Did) -> str:
+        identity = self._tools.resolver.cached(did)
+        return "" if identity is None else host_of(identity.pds)
+
+    # ---- one account
+
+    async def _work(self, entry: Entry) -> None:
+        did, tools = entry.did, self._tools
+        filters = tools.filters
+        if nothing_to_find(filters):
+            await self._settle(did, "gone")
+            return
+        try:
+            if tools.db.repo(did) is not None or filters.is_excluded(did):
+                await self._settle(did, "gone")
+            elif filters.mode == "full":
+                await self._settle(did, "with_signal", found=True)
+            else:
+                await self._ask(entry)
+        except IdentityGone:
+            await self._settle(did, "gone", believed=True)
+        except FetchRefused as error:  # the account's own host's word: it has nothing for us
+            final = error.status in (400, 404, 410)
+            await (self._settle(did, "without_signal", believed=True) if final else self._again(did, error))
+        except StoreError:
+            raise
+        except (FetchError, IdentityError, ValueError) as error:
+            await self._again(did, error)
+        except Exception as error:  # a fault of ours; it stands in the store and would end each start
+            log.error("crawl_check_failed", did=did, exc_info=error)
+            await self._again(did, error)
+
+    async def _ask(self, entry: Entry) -> None:
+        tools, did = self._tools, entry.did
+        pds = (await tools.resolver.resolve(did)).pds
+        host = host_of(pds)
+        if tools.hosts.held(host):
+            await self._later(did, _HELD_S, failures=0)
+        elif not tools.hosts.free(host):
+            self._ready.add(entry._replace(host=host))
+        else:
+            asked = looked_for(tools.filters)
+            collections = read_collections(await self._described(pds, host, did), did)
+            found = any(map(tools.filters.signals_match, collections))
+            await self._settle(
+                did, "with_signal" if found else "without_signal", found=found, believed=True, asked=asked
+            )
+
+    async def _described(self, pds: str, host: str, did: Did) -> bytes:
+        tools = self._tools
+        tools.hosts.take(host)
+        try:
+            response = await tools.http.get(describe_url(pds, did), max_bytes=_MAX_BODY)
+            status, wait = response.status, response.retry_after
+            if status == 429:
+                raise FetchTransient("it asks for fewer requests", retry_after=wait, reason="rate_limited")
+            if status >= 500 and status != 501:
+                raise FetchTransient(f"it answered {status}", retry_after=wait, reason="http_5xx")
+        except FetchTransient as error:
+            limited = error.reason == "rate_limited"
+            tools.hosts.fault(
+                host, jitter=tools.jitter(), retry_after=error.retry_after, limited=limited, error=str(error)
+            )
+            raise
+        finally:
+            tools.hosts.release(host)
+        tools.hosts.success(host, allowance=allowance_of(response.headers, time.time()))
+        if status != 200:
+            name, _ = response.xrpc_error()
+            raise FetchRefused(f"describeRepo answered {status} {name}", status=status, name=name)
+        return response.body
+
+    async def _settle(
+        self, did: Did, outcome: str, *, found: bool = False, believed: bool = False, asked: str = ""
+    ) -> None:
+        tools = self._tools
+        until = tools.clock() + int(tools.limits.check_ttl * 1e6) if believed and not found else 0
+        asked = asked or looked_for(tools.filters)
+        unit = SettleUnit(
+            did, outcome, found, tools.db.mode.ephemeral, until, asked, tools.limits.max_checked
+        )
+        await tools.writer.run("crawl_settle", unit)
+
+    async def _again(self, did: Did, error: Exception) -> None:
+        """Asked later; after many failures not at all, until a list has it again."""
+        row = self._tools.db.get(CRAWL, (WAITING, did))
+        failures = (row[1] if row else 0) + 1
+        if failures >= self._tools.limits.check_tries:
+            await self._settle(did, "unanswered", believed=True)
+            return
+        wait = self._tools.wait_s(failures, getattr(error, "retry_after", None))
+        if not isinstance(error, IndexerError):
+            log.info("crawl_check_postponed", did=did, reason=str(error)[:200])
+        await self._later(did, wait, failures)
+
+    async def _later(self, did: Did, wait: float, failures: int) -> None:
+        due = self._tools.clock() + int(wait * 1e6)
+
+        def step(tx: Transaction) -> None:
+            if tx.crawl_row(WAITING, did) is not None:
+                tx.set_crawl_row(WAITING, did, [due, failures])
+
+        await self._tools.writer.run("crawl_later", step)
+
+    # ---- what was found without a signal
+
+    async def _forget_old(self) -> None:
+        """Drops rows that are believed no longer, in small steps."""
+        pause = max(60.0, self._tools.limits.check_ttl / 10)
+        while True:
+            after = ""
+            while (after := await self._forget_step(after)) != "":
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(pause)
+
+    async def _forget_step(self, after: Did) -> Did:
+        first, stop = did_range(WITHOUT)
+        start = encode_pair((WITHOUT, after)) + b"\0" if after else first
+        rows: list[Any] = list(self._tools.db.scan(CRAWL, start, stop, limit=_SWEEP_STEP))
+        now, asked = self._tools.clock(), looked_for(self._tools.filters)
+        old = [key[1] for key, row in rows if row[0] <= now or row[1] != asked]
+
+        def drop(tx: Transaction) -> None:
+            for did in old:
+                tx.set_crawl_row(WITHOUT, did, None)
+
+        if old:
+            await self._tools.writer.run("crawl_forget", drop)
+        return rows[-1][0][1] if len(rows) == _SWEEP_STEP else ""
+
+
+def tallies(counts: dict[str, int]) -> dict[str, int]:
+    """The crawler's tallies by their short names."""
+    return {name.removeprefix(TALLY): count for name, count in counts.items()}
