@@ -1,5 +1,7 @@
 """`bench backfill [RECORDS]`: repositories on loopback → fetched, verified, indexed, compacted.
 
+The size 0, part of the full set, is the mix of 8 repositories of 500,000 records and 10,000 small ones.
+
 Times from the request to follow all of them until the last record is indexed, and until RocksDB has nothing
 left to compact; samples the memory of the daemon and its workers. The PDS runs in this process and shares the
 cores with the daemon.
@@ -22,11 +24,15 @@ from bench.report import Report, Target
 from indexer.simulator.corpus import CarInfo, cached_car
 from indexer.simulator.documents import document
 from indexer.simulator.replay import ReplayNetwork, ReplaySource
+from indexer.simulator.stamped import StampedCar, stamp_car
 
 REDUCED = (200_000,)
-FULL = (200_000, 1_000_000, 5_000_000)
+FULL = (200_000, 1_000_000, 5_000_000, 0)
 #: Repository sizes, in turn; the mean is close to the network's, where few are large.
 _SIZES = (10, 100, 300, 1_000, 3_000, 10_000)
+#: The mix: a few large repositories among many small ones.
+_LARGE, _LARGE_RECORDS = 8, 500_000
+_SMALL, _SMALL_RECORDS = 10_000, (5, 10, 20, 50, 100, 200)
 _COMPACTED_S = 120.0
 _ENDPOINT = "http://pds0.simnet.test"
 _RATE, _MEMORY = Target(60_000), Target(512, at_most=True)
@@ -46,9 +52,9 @@ def run(options: Options) -> Report:
     """Rates and memory for each number of records."""
     report = Report("backfill", notes=[machine()])
     for records in options.chosen(REDUCED, FULL):
-        repos = repositories(options.cache, records)
-        total = sum(info.records for _file, info in repos)
-        size = sum(info.bytes for _file, info in repos)
+        repos = repositories(options.cache, records) if records else mix(options.cache)
+        total = sum(car.info.records for car in repos)
+        size = sum(car.info.bytes for car in repos)
         report.notes.append(f"{len(repos):,} repositories, {total:,} records, {size / 2**20:,.0f} MiB")
         runs = [asyncio.run(measure(repos, options.cache)) for _ in range(options.runs)]
         if options.profile is not None:
@@ -61,33 +67,51 @@ def run(options: Options) -> Report:
             ("daemon_cpu_us", "µs/record", None),
         ):
             values = [getattr(each, name) for each in runs]
-            report.add(f"{name}_{records}", unit, values, target, series=name, size=records)
+            report.add(f"{name}_{records or 'mix'}", unit, values, target, series=name, size=records)
     return report
 
 
-def repositories(cache: Path, records: int) -> list[tuple[Path, CarInfo]]:
+def repositories(cache: Path, records: int) -> list[StampedCar]:
     """Repositories of different sizes, ``records`` records in all or a little more."""
-    found: list[tuple[Path, CarInfo]] = []
+    found: list[StampedCar] = []
     total = 0
-    for seed, size in enumerate(itertools.cycle(_SIZES), start=1):
+    for number, size in enumerate(itertools.cycle(_SIZES)):
         if total >= records:
             return found
-        found.append(cached_car(cache, seed=seed, records=size))
+        found.append(_stamped(cache, size, number))
         total += size
     return found
 
 
-async def measure(repos: list[tuple[Path, CarInfo]], folder: Path, *, profile: Path | None = None) -> Figures:
+def mix(cache: Path) -> list[StampedCar]:
+    """The large repositories, spread evenly among the small ones."""
+    small = [
+        _stamped(cache, size, number)
+        for number, size in zip(range(_SMALL), itertools.cycle(_SMALL_RECORDS), strict=False)
+    ]
+    every = _SMALL // _LARGE
+    for number in range(_LARGE):
+        small.insert(number * (every + 1), _stamped(cache, _LARGE_RECORDS, _SMALL + number))
+    return small
+
+
+def _stamped(cache: Path, records: int, number: int) -> StampedCar:
+    """A repository of so many records; those of one size have their records in common."""
+    return stamp_car(*cached_car(cache, seed=records, records=records), number)
+
+
+async def measure(repos: list[StampedCar], folder: Path, *, profile: Path | None = None) -> Figures:
     """One fresh daemon that fetches all of them."""
-    documents = {info.did: _document(info, index) for index, (_file, info) in enumerate(repos)}
-    cars: dict[str, bytes | Path] = {info.did: file for file, info in repos}
-    total = sum(info.records for _file, info in repos)
-    size = sum(info.bytes for _file, info in repos)
+    documents = {car.info.did: _document(car.info, index) for index, car in enumerate(repos)}
+    cars = {car.info.did: car for car in repos}
+    total = sum(car.info.records for car in repos)
+    size = sum(car.info.bytes for car in repos)
     async with ReplayNetwork([ReplaySource([], _ENDPOINT)], documents, cars) as network:
         settings = {
             "upstreams": network.stream_urls[0],
             "plc_urls": network.plc_url,
             "plc.max_requests_per_s": 10_000,
+            "hosts.requests_per_s": 0,
         }
         async with running_daemon(settings, folder, profile=profile) as daemon:
             cpu = daemon.cpu_seconds()

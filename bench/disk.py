@@ -17,6 +17,7 @@ from bench.options import Options, machine
 from bench.report import Report, Target
 from bench.store import SYNCED, Store, opened
 from indexer.repo.walker import RepoIndex, index_repo
+from indexer.simulator.stamped import StampedCar
 from indexer.store.transaction import Transaction
 from indexer.store.upkeep import compact_all
 
@@ -44,9 +45,9 @@ def run(options: Options) -> Report:
     """Bytes for each number of records."""
     report = Report("disk", notes=[machine()])
     for records in options.chosen(REDUCED, FULL):
-        files = [file for file, _info in repositories(options.cache, records)]
+        cars = repositories(options.cache, records)
         with tempfile.TemporaryDirectory(dir=options.cache, prefix="disk-") as folder:
-            found = asyncio.run(store(files, Path(folder)))
+            found = asyncio.run(store(cars, Path(folder)))
         share = {name: size / found.records for name, size in found.keyspaces.items()}
         parts = ", ".join(f"{name} {size:.1f}" for name, size in share.items() if size >= 0.1)
         report.notes.append(f"{found.records:,} records, bytes a record: {parts}")
@@ -60,12 +61,12 @@ def run(options: Options) -> Report:
     return report
 
 
-async def store(files: list[Path], folder: Path) -> Figures:
-    """Everything in the files, settled."""
+async def store(cars: list[StampedCar], folder: Path) -> Figures:
+    """All repositories, settled."""
     records = size = 0
     async with opened(folder, {}) as opened_store:
-        for file in files:
-            data = file.read_bytes()
+        for car in cars:
+            data = b"".join(car.pieces())
             index = index_repo(data)
             records += len(index.records)
             size += len(data)

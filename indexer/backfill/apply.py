@@ -2,7 +2,8 @@
 
 Owns the units of work that put a repository's records there. Each unit checks first that the repository
 is still the one the job claimed (epoch, state, tracked): a wipe or a break in between ends the job. Leaves
-out fetching and what happens to failures. Event loop only; blocks are read from the spooled CAR.
+out fetching and what happens to failures. Event loop only; blocks are read from the spooled CAR, as many as
+one unit takes.
 
 The first unit clears `complete` and raises `min_rev` to what is about to be written; the last one sets
 `complete`, rev, root and commit, and makes the repository synced when no frame waits for it. Otherwise it
@@ -11,23 +12,27 @@ leaves `Work.DRAIN`, and the ingest side replays the frames.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path as FilePath
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from indexer.atproto.types import Did
-from indexer.backfill.diff import Changes, StoredRecord, WantsCollection, diff, joined
+from indexer.atproto.types import Did, Path
+from indexer.backfill.diff import StoredRecord, WantsCollection, diff, joined
 from indexer.backfill.queue import CLAIMED_DUE
 from indexer.backfill.rows import Asked, back_again, claimed, known_identity
-from indexer.backfill.verify import Verified, map_file, read_index
+from indexer.backfill.verify import IndexEntry, Verified, read_index
+from indexer.errors import FetchError
 from indexer.identity.resolver import Identity
 from indexer.store.archives import Archived
-from indexer.store.codecs import RepoRow, SyncState, Work
+from indexer.store.codecs import OVERSIZE, RepoRow, SyncState, Work
 from indexer.store.database import Database
-from indexer.store.transaction import Transaction
+from indexer.store.transaction import NewRecord, Transaction
 from indexer.store.writer import Writer
+
+#: Blocks are read together unless so many times their bytes lie between the first and the last.
+_SPARSE: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,13 @@ class Plan:
     archived: Archived | None = None  # the CAR in the archive, where there is one
 
 
+class Bounds(NamedTuple):
+    """Of one unit: ``changes`` in number, and ``bytes`` of their blocks (a single block may be larger)."""
+
+    changes: int
+    bytes: int
+
+
 class Applied(NamedTuple):
     """How an apply went. ``row``: the last one written, None when the repository is no longer the job's."""
 
@@ -53,19 +65,58 @@ class Applied(NamedTuple):
     changes: int
 
 
-async def apply_repo(db: Database, writer: Writer, plan: Plan, chunk: int) -> Applied:
-    """Writes what differs from the stored repository, in units of ``chunk`` changes, each durable in turn."""
-    buffer = map_file(plan.car)
-    steps = diff(read_index(plan.index), stored_pages(db, plan.did, chunk), plan.wants)
+async def apply_repo(db: Database, writer: Writer, plan: Plan, bounds: Bounds) -> Applied:
+    """Writes what differs from the stored repository, in units within ``bounds``, each durable in turn."""
+    steps = diff(read_index(plan.index), stored_pages(db, plan.did, bounds.changes), plan.wants)
     changes = 0
     first = True
-    for part, last in joined(steps, chunk):
-        row = await writer.run("backfill_apply", Unit(plan, buffer, part, first, last))
-        if row is None or last:
-            return Applied(row, changes + (0 if row is None else part.size))
-        changes += part.size
-        first = False
+    with CarBlocks(plan.car) as blocks:
+        for part, last in joined(steps, bounds.changes, bounds.bytes):
+            unit = Unit(plan, blocks.read(part.puts), part.deletes, first, last)
+            row = await writer.run("backfill_apply", unit)
+            if row is None or last:
+                return Applied(row, changes + (0 if row is None else part.size))
+            changes += part.size
+            first = False
     raise AssertionError("there is always a last unit")
+
+
+class CarBlocks:
+    """Blocks out of a CAR file, those that lie together with one read: a mapped file would count as memory
+    as far as it was touched. A context manager."""
+
+    def __init__(self, car: FilePath) -> None:
+        self._file = car.open("rb", buffering=0)
+
+    def __enter__(self) -> CarBlocks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, entries: Sequence[IndexEntry]) -> list[NewRecord]:
+        """The records; an oversize one without its block, which is not stored."""
+        size = sum(end - start for _path, _cid, start, end, flags in entries if not flags & OVERSIZE)
+        first = min((entry[2] for entry in entries), default=0)
+        last = max((entry[3] for entry in entries), default=0)
+        if last - first <= _SPARSE * size:
+            data = self._bytes(first, last)
+        else:
+            data, first = b"", 0
+        records: list[NewRecord] = []
+        for path, cid, start, end, flags in entries:
+            if flags & OVERSIZE:
+                block = b""
+            else:
+                block = data[start - first : end - first] if data else self._bytes(start, end)
+            records.append((path, cid, block, flags))
+        return records
+
+    def _bytes(self, start: int, end: int) -> bytes:
+        data = os.pread(self._file.fileno(), end - start, start)
+        if len(data) < end - start:
+            raise FetchError(f"the spooled CAR ends before offset {end}", reason="spool")
+        return data
 
 
 def stored_pages(db: Database, did: Did, size: int) -> Iterator[list[StoredRecord]]:
@@ -81,8 +132,8 @@ class Unit:
     """One step of an apply, to be run by the writer."""
 
     plan: Plan
-    buffer: mmap
-    changes: Changes
+    puts: list[NewRecord]
+    deletes: list[Path]
     first: bool
     last: bool
 
@@ -92,12 +143,9 @@ class Unit:
         row = claimed(tx, plan.did, plan.epoch)
         if row is None:
             return None
-        did, rev, buffer = plan.did, plan.verified.rev, self.buffer
-        records = [
-            (path, cid, buffer[start:end], flags) for path, cid, start, end, flags in self.changes.puts
-        ]
-        tx.put_records(did, rev, records, live=False)
-        for path in self.changes.deletes:
+        did, rev = plan.did, plan.verified.rev
+        tx.put_records(did, rev, self.puts, live=False)
+        for path in self.deletes:
             tx.delete_record(did, path, rev, live=False)
         if self.first:
             # A mark says that a repository below `min_rev` was accepted; its own rev is the bound now.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from indexer.atproto.types import Nsid, Path
@@ -81,15 +82,29 @@ def _same(entry: IndexEntry, row: RecordRow) -> bool:
     return row.cid == entry[1] and row.flags == entry[4]
 
 
-def joined(steps: Iterator[Changes], size: int) -> Iterator[tuple[Changes, bool]]:
-    """``steps`` joined and cut into units of at most ``size`` changes, each with whether it is the last.
+def joined(steps: Iterator[Changes], size: int, most_bytes: int) -> Iterator[tuple[Changes, bool]]:
+    """``steps`` joined and cut into units, each with whether it is the last: at most ``size`` changes, and
+    ``most_bytes`` of blocks unless a single one is larger.
 
     There is always a last one, be it empty.
     """
     held = Changes([], [])
     for step in steps:
         held = Changes(held.puts + step.puts, held.deletes + step.deletes) if held.size else step
-        while held.size > size:
-            yield Changes(held.puts[:size], held.deletes[: max(0, size - len(held.puts))]), False
-            held = Changes(held.puts[size:], held.deletes[max(0, size - len(held.puts)) :])
+        while True:
+            puts = _leading(held.puts, size, most_bytes)
+            deletes = size - puts if puts == len(held.puts) else 0
+            if puts == len(held.puts) and deletes >= len(held.deletes):
+                break
+            yield Changes(held.puts[:puts], held.deletes[:deletes]), False
+            held = Changes(held.puts[puts:], held.deletes[deletes:])
     yield held, True
+
+
+def _leading(puts: list[IndexEntry], size: int, most_bytes: int) -> int:
+    """How many of the first puts fit into a unit; one always does."""
+    count = min(len(puts), size)
+    if sum(put[3] - put[2] for put in puts[:count]) <= most_bytes:
+        return count
+    ends = accumulate(put[3] - put[2] for put in puts[:count])
+    return max(1, sum(1 for end in ends if end <= most_bytes))

@@ -20,6 +20,7 @@ import orjson
 
 from indexer.atproto.types import Did
 from indexer.backfill.budget import Share
+from indexer.backfill.verify import table_path
 from indexer.backfill.waits import Allowance, allowance_of
 from indexer.config import BackfillSettings
 from indexer.errors import FetchError, FetchRefused, FetchTransient
@@ -66,6 +67,7 @@ class Spool:
     def remove(self, car: Path) -> None:
         car.unlink(missing_ok=True)
         self.index_path(car).unlink(missing_ok=True)
+        shutil.rmtree(table_path(car), ignore_errors=True)  # of a verifier that died
 
 
 class Deadline:

@@ -17,7 +17,7 @@ import structlog
 
 from indexer.atproto.syntax import tid_micros
 from indexer.atproto.types import Did, Micros
-from indexer.backfill.apply import Plan, apply_repo
+from indexer.backfill.apply import Bounds, Plan, apply_repo
 from indexer.backfill.budget import ByteBudget, Share
 from indexer.backfill.diff import WantsCollection
 from indexer.backfill.fetch import Fetched, Spool, fetch_repo
@@ -208,7 +208,7 @@ class Job:
         try:
             verified = await tools.pool.run(
                 verify_car, self._car, Spool.index_path(self._car), self._did, identity.signing_key,
-                limits.max_nodes,
+                limits.max_nodes, limits.verify_mib,
             )  # fmt: skip
         except IndexerError as error:
             if judge(error).of_content:
@@ -270,7 +270,9 @@ class Job:
                 self._did, epoch, verified, self._car, Spool.index_path(self._car), tools.wants(),
                 obtained.identity, obtained.asked, obtained.mark, archived,
             )  # fmt: skip
-            applied = await apply_repo(tools.db, tools.writer, plan, tools.settings.backfill.chunk_records)
+            limits = tools.settings.backfill
+            bounds = Bounds(limits.chunk_records, limits.chunk_kib << 10)
+            applied = await apply_repo(tools.db, tools.writer, plan, bounds)
         if applied.row is None:
             log.info("backfill_obsolete", did=self._did, changes=applied.changes)
             return

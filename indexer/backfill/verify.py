@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -20,14 +20,15 @@ from indexer.atproto.car import Limits
 from indexer.atproto.dagcbor import check_record
 from indexer.atproto.mst import TreeLimits
 from indexer.atproto.types import Cid, Did, DidKey, Path, Rev
-from indexer.errors import CarError, RecordInvalid
-from indexer.repo.records import Records
+from indexer.backfill.spans import Found, OrderEnds, Signer, Span, any_order, in_order, map_file, table_mib
+from indexer.errors import DiskError, FetchError, RecordInvalid
 from indexer.repo.walker import index_repo
 from indexer.store.codecs import INVALID, OVERSIZE
 
 #: Records of one chunk of the index file.
 INDEX_CHUNK = 1000
 MAX_RECORD = 1_000_000
+MIB = 1 << 20
 
 #: path, CID, start and end of its block in the CAR, flags
 IndexEntry: TypeAlias = tuple[Path, Cid, int, int, int]
@@ -47,34 +48,65 @@ class Verified(NamedTuple):
     size: int
 
 
-def verify_car(car: FilePath, index: FilePath, did: Did, key: DidKey, max_nodes: int) -> Verified:
+def verify_car(
+    car: FilePath, index: FilePath, did: Did, key: DidKey, max_nodes: int, memory_mib: int
+) -> Verified:
     """Verifies the file ``car`` as the repository of ``did`` signed by ``key``; writes ``index``.
 
-    Raises `CarError`, `MstError` (`MissingBlock` for an incomplete one), `CommitError` or
-    `SignatureInvalid`; the index file is then not complete and must not be read.
+    Memory stays near ``memory_mib`` (MiB), whatever the size. Raises `CarError`, `MstError` (`MissingBlock`
+    for an incomplete one), `CommitError` or `SignatureInvalid`; the index file is then not complete and must
+    not be read.
     """
     buffer = map_file(car)
+    signer = Signer(did, key)
+    # What memory holds is checked as a whole; the limit leaves room for the objects that this makes.
+    if len(buffer) <= memory_mib * MIB:
+        return _written(index, buffer, _in_memory(buffer, signer, max_nodes))
+    try:
+        return _written(index, buffer, in_order(buffer, signer, max_nodes))
+    except OrderEnds:
+        return _on_disk(car, index, buffer, signer, max_nodes, memory_mib)
+
+
+def _in_memory(buffer: mmap.mmap, signer: Signer, max_nodes: int) -> Found:
     limits = Limits(max_bytes=len(buffer), max_blocks=max_nodes)
-    repo = index_repo(buffer, did=did, key=key, limits=limits, tree_limits=TreeLimits(max_nodes))
-    flagged = oversize = 0
+    repo = index_repo(
+        buffer, did=signer.did, key=signer.key, limits=limits, tree_limits=TreeLimits(max_nodes)
+    )
+    records = repo.records
+    rows = (records[start : start + INDEX_CHUNK] for start in range(0, len(records), INDEX_CHUNK))
+    return Found(repo.commit, repo.commit_block, rows)
+
+
+def _on_disk(
+    car: FilePath, index: FilePath, buffer: mmap.mmap, signer: Signer, max_nodes: int, memory_mib: int
+) -> Verified:
+    from indexer.store.spill import DiskBuilder  # RocksDB, which few verifiers ever need
+
+    try:
+        with DiskBuilder(max(1, memory_mib), table_mib(max_nodes)).open(table_path(car)) as table:
+            return _written(index, buffer, any_order(buffer, signer, max_nodes, table))
+    except DiskError as error:
+        raise FetchError(f"cannot verify a large repository: {error}", reason="spool") from error
+
+
+def table_path(car: FilePath) -> FilePath:
+    """Where the table of a large CAR's blocks is kept while it is verified."""
+    return car.with_suffix(".table")
+
+
+def _written(index: FilePath, buffer: mmap.mmap, found: Found) -> Verified:
+    """Checks each record and writes it down; raises what the walk raises."""
+    records = flagged = oversize = 0
     with index.open("wb") as file:
-        for chunk in _chunks(repo.records):
-            entries = [_entry(buffer, *record) for record in chunk]
+        for rows in _chunks(found.rows):
+            entries = [_entry(buffer, *row) for row in rows]
             flagged += sum(1 for entry in entries if entry[4])
             oversize += sum(1 for entry in entries if entry[4] & OVERSIZE)
+            records += len(entries)
             write_chunk(file, entries)
-    return Verified(
-        repo.commit.rev, repo.data, repo.commit_block, len(repo.records), flagged, oversize, len(buffer)
-    )
-
-
-def map_file(path: FilePath) -> mmap.mmap:
-    """A CAR's bytes, read as they are touched."""
-    with path.open("rb") as file:
-        try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as error:
-            raise CarError("the CAR is empty", reason="car_truncated") from error
+    commit = found.commit
+    return Verified(commit.rev, commit.data, found.commit_block, records, flagged, oversize, len(buffer))
 
 
 def write_chunk(file: BinaryIO, entries: list[IndexEntry]) -> None:
@@ -90,8 +122,16 @@ def read_index(index: FilePath) -> Iterator[list[IndexEntry]]:
             yield list(msgpack.unpackb(file.read(_LENGTH.unpack(head)[0]), use_list=False))
 
 
-def _chunks(records: Records) -> Iterable[list[tuple[Path, Cid, int, int]]]:
-    return (records[start : start + INDEX_CHUNK] for start in range(0, len(records), INDEX_CHUNK))
+def _chunks(parts: Iterator[list[Span]]) -> Iterator[list[Span]]:
+    """``parts`` cut anew into chunks of `INDEX_CHUNK`, of which the last may be shorter."""
+    held: list[Span] = []
+    for part in parts:
+        held += part
+        while len(held) >= INDEX_CHUNK:
+            yield held[:INDEX_CHUNK]
+            del held[:INDEX_CHUNK]
+    if held:
+        yield held
 
 
 def _entry(buffer: mmap.mmap, path: Path, cid: Cid, start: int, end: int) -> IndexEntry:

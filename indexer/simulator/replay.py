@@ -21,6 +21,7 @@ from aiohttp import web
 from indexer.simulator.frames import frame_seq
 from indexer.simulator.listener import Listener
 from indexer.simulator.servers import CAR_TYPE, refuse, reply
+from indexer.simulator.stamped import StampedCar
 from indexer.simulator.stream import subscribe
 
 _ERRORS = {"takendown": "RepoTakendown", "suspended": "RepoSuspended", "deactivated": "RepoDeactivated"}
@@ -147,7 +148,7 @@ class ReplayNetwork:
         self,
         sources: Sequence[ReplaySource | Path | Sequence[bytes]],
         documents: Mapping[str, Any],
-        cars: Mapping[str, bytes | Path],
+        cars: Mapping[str, bytes | Path | StampedCar],
         *,
         accounts: Mapping[str, Mapping[str, Any]] | None = None,
         rate: float | None = None,
@@ -243,6 +244,13 @@ class ReplayNetwork:
             return self._absent(did)
         if isinstance(car, Path):
             return web.FileResponse(car, headers={"Content-Type": CAR_TYPE})
+        if isinstance(car, StampedCar):
+            response = web.StreamResponse(headers={"Content-Type": CAR_TYPE})
+            response.content_length = car.info.bytes
+            await response.prepare(request)
+            for piece in car.pieces():
+                await response.write(piece)
+            return response
         return web.Response(body=car, content_type=CAR_TYPE)
 
     async def _repo_status(self, request: web.Request) -> web.StreamResponse:

@@ -74,7 +74,7 @@ def test_units_keep_every_change_and_their_bound(steps: list[tuple[int, int]], s
     puts = [[(f"p{at}/{n}", b"", 0, 0, 0) for n in range(count)] for at, (count, _) in enumerate(steps)]
     deletes = [[f"d{at}/{n}" for n in range(count)] for at, (_, count) in enumerate(steps)]
     made = [Changes(*part) for part in zip(puts, deletes, strict=True)]
-    units = list(joined(iter(made), size))
+    units = list(joined(iter(made), size, 1 << 40))
     assert [last for _, last in units] == [False] * (len(units) - 1) + [True]
     assert all(0 < unit.size <= size for unit, last in units if not last)
     assert units[-1][0].size <= size
