@@ -107,6 +107,10 @@ class Crawler:
         self._checks.wake()
         self._woken.set()
 
+    def look_again(self) -> None:
+        """Other things may be looked for now."""
+        self._woken.set()
+
     # ---- turns
 
     async def _sweep(self, tasks: asyncio.TaskGroup) -> None:

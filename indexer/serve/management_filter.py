@@ -61,6 +61,8 @@ class FilterRoutes:
             new, affects = await services.writer.run("filter_patch", change)
             if services.ingest is not None:
                 services.ingest.set_filters(new)
+            if services.crawler is not None:
+                services.crawler.look_again()
         wait = services.settings.filter.answer_wait
         done, queued, purged = await round_.progress(wait) if affects else NOTHING_TO_DO
         if queued and services.backfill is not None:
