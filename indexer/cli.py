@@ -27,6 +27,7 @@ COMMANDS = {
         "indexer.commands.crawler:crawler",
         "List, add and remove the lists of accounts that are read.",
     ),
+    "host": ("indexer.commands.host:host", "Look at hosts; set their tiers and limits; ban them."),
     "filter": ("indexer.commands.filter:filter_", "Show and change what is followed and kept."),
     "get": ("indexer.commands.client:get", "Print a record by its at:// URI."),
     "stream": ("indexer.commands.client:stream", "Print the event stream."),

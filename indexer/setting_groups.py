@@ -202,7 +202,7 @@ class BackfillSettings(Section):
     gzip: bool = Field(True, description="let hosts compress the CARs that they send")
     inflight_mib: int = Field(256, ge=1, description="bytes of CARs fetched and not yet verified")
     parsed_mib: int = Field(256, ge=1, description="bytes of CARs under verification, or not yet applied")
-    window: int = Field(8000, ge=16, description="due repositories kept in memory, of one host a quarter")
+    window: int = Field(8000, ge=16, description="due repositories kept in memory, of one host an eighth")
     stalled_after: Duration = Field(
         2.0, gt=0, description="silence of a host after which its fetch gives its place to another"
     )

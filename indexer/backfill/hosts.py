@@ -104,8 +104,9 @@ class Hosts:
         return state.active < min(state.window, state.tier.fetches)
 
     def penalty_s(self, host: str) -> float:
-        """Seconds for which ``host`` is still to be left alone; 0 when it is not."""
-        return max(0.0, self._state(host).not_before - self.clock())
+        """Seconds for which ``host`` is still to be left alone: 0 when it is not, endless if banned."""
+        state = self._state(host)
+        return float("inf") if state.row.banned else max(0.0, state.not_before - self.clock())
 
     def held(self, host: str) -> str:
         """Why nothing new of ``host`` is to be fetched until an operator says otherwise; "" when it may."""

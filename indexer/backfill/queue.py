@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from indexer.atproto.types import Did, Micros
 
@@ -27,6 +27,10 @@ def explicit_due(now_us: Micros) -> Micros:
     return max(CLAIMED_DUE + 1, now_us - EXPLICIT_LEAD)
 
 
+#: Entries that any host may have, however small the window.
+_LEAST_OF_A_HOST: Final = 8
+
+
 class Entry(NamedTuple):
     due: Micros
     did: Did
@@ -34,14 +38,14 @@ class Entry(NamedTuple):
 
 
 class ReadyQueue:
-    """Repositories that are due, at most ``limit`` of them and of one host a quarter, by host and due time.
+    """Repositories that are due, at most ``limit`` of them and of one host an eighth, by host and due time.
 
-    Of a host with more than its quarter it remembers only where the first one stands that had no room.
+    Of a host with more than its eighth it remembers only where the first one stands that had no room.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._per_host = max(1, limit // 4)
+        self._per_host = max(_LEAST_OF_A_HOST, limit // 8)
         self._left_out: dict[str, tuple[Micros, Did]] = {}
         self._hosts: dict[str, list[Entry]] = {}
         self._known: set[Did] = set()
@@ -57,7 +61,7 @@ class ReadyQueue:
         return max(0, self.limit - len(self._known))
 
     def add(self, entry: Entry, *, always: bool = False) -> None:
-        """Takes an entry in, unless its repository is in already, or its host has its quarter."""
+        """Takes an entry in, unless its repository is in already, or its host has its eighth."""
         if entry.did in self._known:
             return
         entries = self._hosts.setdefault(entry.host, [])

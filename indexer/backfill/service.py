@@ -243,27 +243,48 @@ class Backfill:
             return False
         before, now = len(self._ready), clock_us()
         stop = encode_due((now + 1, ""))
-        while self._ready.room >= PAGE:
+        least = max(1, min(PAGE, self._ready.limit // 8))
+        while (room := self._ready.room) >= least:
+            page = min(PAGE, room)
             start = encode_due(self._position.start(now))
-            keys = [key for key, _ in self._db.scan(PENDING, start, stop, limit=PAGE)]
-            self._take_in(keys)
-            if len(keys) < PAGE:
+            keys = [key for key, _ in self._db.scan(PENDING, start, stop, limit=page)]
+            await self._put_off(self._take_in(keys))
+            if len(keys) < page:
                 self._position.pass_end(now)
                 self._read_again_at = time.monotonic() + POLL_S
                 break
             self._position.page_end(keys[-1])
-            if self._ready.startable(self._hosts.free, LOW_WATER):
+            enough = 1 if self._has_worker() else LOW_WATER
+            if self._first or self._ready.startable(self._hosts.free, enough):
                 break
             await asyncio.sleep(0)
         return len(self._ready) > before
 
-    def _take_in(self, keys: list[tuple[Micros, Did]], *, always: bool = False) -> None:
-        """Puts those of a page that are to be fetched into the window."""
+    def _take_in(self, keys: list[tuple[Micros, Did]], *, always: bool = False) -> dict[str, list[Did]]:
+        """Puts those of a page that are to be fetched into the window; gives those of hosts that rest."""
+        resting: dict[str, list[Did]] = {}
         unknown = [key for key in keys if key[1] not in self._jobs and key[1] not in self._ready]
         rows = self._db.multi_get(REPOS, [did for _, did in unknown])
         for (due, did), row in zip(unknown, rows, strict=True):
             if row is not None and is_waiting(row):
-                self._ready.add(Entry(due, did, self._host_hint(did, row)), always=always)
+                host = self._host_hint(did, row)
+                if host and not always and self._hosts.penalty_s(host) > POSTPONE_S:
+                    resting.setdefault(host, []).append(did)
+                else:
+                    self._ready.add(Entry(due, did, host), always=always)
+        return resting
+
+    async def _put_off(self, resting: dict[str, list[Did]]) -> None:
+        """What was read of hosts that rest is due when they may be asked again."""
+        for host, dids in resting.items():
+            if reason := self._hosts.held(host):
+                unit: HoldUnit | PostponeUnit = HoldUnit(dids, reason, self._recheck())
+            else:
+                unit = PostponeUnit(dids, clock_us() + int(self._hosts.penalty_s(host) * 1e6))
+            await self._writer.run("backfill_put_off", unit)
+
+    def _recheck(self) -> Micros:
+        return clock_us() + int(self._settings.hosts.recheck * 1e6)
 
     def _host_hint(self, did: Did, row: RepoRow) -> str:
         """The host that a job will ask first, as far as that is known without asking anybody."""
@@ -275,20 +296,9 @@ class Backfill:
     async def _postpone(self) -> None:
         """Puts off the repositories of hosts that are left alone, so that they do not fill the window."""
         for host in self._ready.hosts():
-            wait = self._hosts.penalty_s(host)
-            if host and (reason := self._hosts.held(host)):
-                await self._hold(host, reason)
-            elif wait > POSTPONE_S and (entries := self._ready.pop_host(host, STEP)):
-                due = clock_us() + int(wait * 1e6)
-                unit = PostponeUnit([entry.did for entry in entries], due)
-                await self._writer.run("backfill_postpone", unit)
-
-    async def _hold(self, host: str, reason: str) -> None:
-        """Puts aside the repositories of a host from which nothing is fetched."""
-        due = clock_us() + int(self._settings.hosts.recheck * 1e6)
-        while entries := self._ready.pop_host(host, STEP):
-            unit = HoldUnit([entry.did for entry in entries], reason, due)
-            await self._writer.run("backfill_hold", unit)
+            if host and (self._hosts.penalty_s(host) > POSTPONE_S or self._hosts.held(host)):
+                while entries := self._ready.pop_host(host, STEP):
+                    await self._put_off({host: [entry.did for entry in entries]})
 
     def _start(self, entry: Entry) -> None:
         task = asyncio.create_task(self._work(entry), name=f"backfill {entry.did}")

@@ -27,6 +27,7 @@ from indexer.serve.management_db import DatabaseRoutes
 from indexer.serve.management_debug import DebugRoutes
 from indexer.serve.management_filter import FilterRoutes
 from indexer.serve.management_ingest import IngestRoutes
+from indexer.serve.management_pds import PdsRoutes
 from indexer.serve.management_repos import RepoRoutes
 from indexer.serve.management_verify import VERIFY, VerifyRoutes
 from indexer.serve.metrics import CONTENT_TYPE, Metrics
@@ -102,6 +103,7 @@ class ManagementServer:
         FilterRoutes(self.services).add_to(app)
         DatabaseRoutes(self.services).add_to(app)
         IngestRoutes(self.services).add_to(app)
+        PdsRoutes(self.services).add_to(app)
         CrawlerRoutes(self.services).add_to(app)
         DebugRoutes(self.services).add_to(app)
         return app

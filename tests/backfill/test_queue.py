@@ -37,32 +37,32 @@ def test_a_repository_is_in_the_window_once() -> None:
 
 
 def test_a_host_that_rests_gives_up_its_entries() -> None:
-    ready = ReadyQueue(12)
+    ready = ReadyQueue(4)
     for number in range(3):
         ready.add(Entry(number, f"d{number}", "a"))
     ready.add(Entry(9, "other", "b"))
-    assert ready.room == 8
+    assert ready.room == 0
     assert [entry.did for entry in ready.pop_host("a", 2)] == ["d0", "d1"]
     assert ready.pop_host("none", 5) == []
-    assert ready.room == 10
+    assert ready.room == 2
 
 
-def test_one_host_takes_a_quarter_of_the_window_and_the_rest_is_read_again() -> None:
-    ready = ReadyQueue(16)
-    for number in range(10):
-        ready.add(Entry(number, f"d{number}", "a"))
+def test_one_host_takes_an_eighth_of_the_window_and_the_rest_is_read_again() -> None:
+    ready = ReadyQueue(64)
+    for number in range(12):
+        ready.add(Entry(number, f"d{number:02}", "a"))
     ready.add(Entry(20, "other", "b"))
-    assert len(ready) == 5
+    assert len(ready) == 9
     assert (ready.crowded(), ready.left_out("a"), ready.left_out("b")) == (["a"], None, None)
-    assert [entry.did for entry in ready.pop_host("a", 3)] == ["d0", "d1", "d2"]
-    assert ready.left_out("a") == (4, "d4")
+    assert [entry.due for entry in ready.pop_host("a", 6)] == [0, 1, 2, 3, 4, 5]
+    assert ready.left_out("a") == (8, "d08")
     assert (ready.crowded(), ready.left_out("a")) == ([], None)
 
 
 def test_what_was_asked_for_finds_room_in_a_full_window() -> None:
     ready = ReadyQueue(4)
-    ready.add(Entry(5, "d5", "a"))
-    ready.add(Entry(6, "d6", "a"))
+    for number in range(5, 20):
+        ready.add(Entry(number, f"d{number}", "a"))
     ready.add(Entry(1, "asked", "a"), always=True)
     popped = ready.pop(lambda _host: True)
     assert popped is not None

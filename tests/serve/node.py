@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,11 @@ from indexer.atproto import mst
 from indexer.atproto.cid import dag_cbor_cid
 from indexer.atproto.commit import Commit, encode_commit
 from indexer.atproto.dagcbor import record_from_json
+from indexer.backfill.host_book import HostBook
+from indexer.backfill.hosts import Hosts, Views
 from indexer.config import Settings
 from indexer.errors import IdentityGone
+from indexer.ingest.bans import Bans
 from indexer.ingest.filters import Filters
 from indexer.ingest.revisit import Revisit
 from indexer.pool import Pool
@@ -29,6 +33,8 @@ from indexer.serve.services import Services
 from indexer.store.codecs import NEW_REPO, AccountStatus, Mode, SyncState
 from indexer.store.database import Database
 from indexer.store.events import EventLog
+from indexer.store.host_rows import ACCOUNTS
+from indexer.store.keyspaces import HOSTS
 from indexer.store.transaction import Transaction
 from indexer.store.writer import Writer
 from tests.commands.real_repos import repo_file, truth_of
@@ -106,9 +112,12 @@ async def running(tmp_path: Path, **sections: dict[str, Any]) -> AsyncIterator[N
         writer = Writer(db, config)
         await writer.start()
         resolver = FakeResolver()
+        views = Views(partial(db.get, HOSTS), lambda host: db.count(ACCOUNTS + host))
+        hosts = HostBook(db, writer, Hosts(config, views=views), Bans(db), lambda _host: None)
         services = Services(
             db=db, writer=writer, log=EventLog(db, writer), resolver=resolver, pool=Pool(0),
             filters=Filters.of(config.filter), settings=config, revisit=Revisit(db, writer, config),
+            hosts=hosts,
         )  # fmt: skip
         public = PublicServer(services)
         management = ManagementServer(services, public)

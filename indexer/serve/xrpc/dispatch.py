@@ -15,7 +15,7 @@ from aiohttp import web
 from indexer.errors import RequestError
 from indexer.serve.http_errors import error_response
 from indexer.serve.services import Services
-from indexer.serve.xrpc import records, sync
+from indexer.serve.xrpc import hosts, records, sync
 from indexer.serve.xrpc.access import Context, Slots
 from indexer.serve.xrpc.params import Params
 from indexer.serve.xrpc.trees import Trees
@@ -32,6 +32,8 @@ QUERIES: Final[dict[str, Query]] = {
     "com.atproto.sync.getLatestCommit": sync.get_latest_commit,
     "com.atproto.sync.getRepoStatus": sync.get_repo_status,
     "com.atproto.sync.listRepos": sync.list_repos,
+    "com.atproto.sync.getHostStatus": hosts.get_host_status,
+    "com.atproto.sync.listHosts": hosts.list_hosts,
 }
 #: Queries that bound their own time, piece by piece.
 STREAMED: Final = frozenset({"/xrpc/com.atproto.sync.getRepo"})
