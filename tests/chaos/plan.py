@@ -41,10 +41,12 @@ _VALUES = {
     "rate_limited_retry_after": 1, "rate_limited_reset": 1, "unavailable_retry_after": 1, "slow": 4096,
 }  # fmt: skip
 #: What is asked of the servers, by weight: a fault of documents keeps everything else from being asked.
-_ROUTES = (DOCUMENT, GET_REPO, GET_REPO, STATUS, STATUS, WELL_KNOWN, DNS)
+_ROUTES = (DOCUMENT, GET_REPO, GET_REPO, GET_REPO, STATUS, STATUS, STATUS, WELL_KNOWN, DNS)
+#: Of the active faults, so many may lie on the way to everything else.
+_DOCUMENTS = 4
 #: Faults that hold at one time, and the chance of each request that one suits.
-_ACTIVE = 12
-_CHANCE = 0.3
+_ACTIVE = 24
+_CHANCE = 0.5
 _MOST_TIMES = 2
 _TURN_S = 2.0
 #: Accounts that a lie looks at for one that fits, beside the one that the network chose.
@@ -63,11 +65,10 @@ class Plan:
         self.failed: Counter[str] = Counter()  # attempts for which nobody was there
         self._rng = rng
         self._lies: deque[str] = deque()
-        self._faults: deque[Fault] = deque()
+        self._faults: deque[str] = deque()  # kinds
         self._active: dict[Planned, float] = {}  # → until when, on the monotonic clock
         self.rounds = 0
         self._next_round()
-        self.planned_faults = len(self._faults)
 
     # -- lies
 
@@ -115,17 +116,11 @@ class Plan:
             self.told[name] += 1
 
     def _next_round(self) -> None:
-        """All lies once, and all faults; in another order each time."""
+        """All lies once, in another order each time."""
         self.rounds += 1
         names = [name for name in KINDS if name not in (*RENUMBERING, STUCK)]
         self._rng.shuffle(names)
         self._lies.extend(names)
-        kinds = sorted(FAULT_KINDS)
-        self._rng.shuffle(kinds)
-        kinds.sort(
-            key=lambda kind: FAULT_KINDS[kind].routes != {LIST_REPOS}
-        )  # those first, for they take long
-        self._faults.extend(self._fault(kind) for kind in kinds)
 
     def _lane(self, kind: Kind) -> str:
         if kind.needs == "foreign":
@@ -157,9 +152,28 @@ class Plan:
             del self._active[planned]
             faults.remove(planned.number)
             if planned.left:
-                self._faults.append(planned.fault)
-        while self._faults and len(self._active) < _ACTIVE:
-            self._active[faults.add(self._faults.popleft())] = now + _TURN_S
+                self._faults.append(planned.fault.kind)
+        if not self._faults and not self._active:
+            self._refill()
+        for kind in self._next_kinds():
+            fault = self._fault(kind)
+            routes = [planned.fault.route for planned in self._active]
+            if fault.route != DOCUMENT or routes.count(DOCUMENT) < _DOCUMENTS:
+                self._faults.remove(kind)
+                self._active[faults.add(fault)] = now + _TURN_S
+
+    def _next_kinds(self) -> list[str]:
+        """As many as there is room for; those that never happened first."""
+        fired = {kind for _, kind in self.network.faults.fired}
+        waiting = sorted(self._faults, key=lambda kind: kind in fired)
+        return waiting[: _ACTIVE - len(self._active)]
+
+    def _refill(self) -> None:
+        """Every kind of fault once, those that are seldom asked for first."""
+        kinds = sorted(FAULT_KINDS)
+        self._rng.shuffle(kinds)
+        kinds.sort(key=lambda kind: FAULT_KINDS[kind].routes != {LIST_REPOS})
+        self._faults.extend(kinds)
 
     def calm(self) -> None:
         """No more faults."""

@@ -33,8 +33,8 @@ from tests.chaos.verdict import Judge
 from tests.chaos.victim import Victim
 
 _TURN_S = 0.05
-_SETTLE_S = 60.0
-_HEARD_S = 15.0
+_SETTLE_S = 120.0
+_HEARD_S = 40.0
 _POKE_S = 1.0
 _FAIR_KILLS = 2
 #: Of the kills that come at any moment of a start.
@@ -50,8 +50,8 @@ class Options(NamedTuple):
     commits: int = 0  # at least so many
     rate: float = 60.0  # steps of the network a second
     lies: float = 20.0  # a second
-    life: tuple[float, float] = (0.3, 2.5)  # seconds that a daemon lives once it is ready
-    patience: float = 80.0  # seconds beyond ``seconds`` until a plan that is not complete fails the run
+    life: tuple[float, float] = (0.3, 5.0)  # seconds that a daemon lives once it is ready
+    patience: float = 200.0  # seconds beyond ``seconds`` until a plan that is not complete fails the run
 
 
 class Report(NamedTuple):
@@ -76,10 +76,10 @@ class ChaosRun:
         self._tasks: list[asyncio.Task[None]] = []
         self._lanes = followed()
         self._poked = 0.0
+        self._began = time.monotonic()
         self._fair: list[int] = []
 
     async def run(self) -> Report:
-        began = time.monotonic()
         await self.network.start()
         try:
             self.victim = Victim(self.network, self._lanes, self._folder)
@@ -94,7 +94,7 @@ class ChaosRun:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self.victim.close()
             await self.network.stop()
-        self.figures["seconds"] = round(time.monotonic() - began, 1)
+        self.figures["seconds"] = round(time.monotonic() - self._began, 1)
         return Report(self.options.seed, self.faults + self.victim.faults + self.reader.faults, self.figures)
 
     async def _acts(self) -> None:
@@ -102,15 +102,19 @@ class ChaosRun:
         await self._storm()
         await self._calm()
         await self._settled()
+        self._say("settled")
         await self._fair_weather()
         await self._sockets()
         await self._settled()
-        self._told("settled")
+        self._say("settled, nothing was excused")
         await self.victim.stop()
         self._count()
         await self._begin_anew()
         await self._settled()
         await self._last_look()
+
+    def _say(self, what: str) -> None:
+        self._told(f"{time.monotonic() - self._began:.0f} s: {what}")
 
     # -- acts
 
@@ -153,7 +157,7 @@ class ChaosRun:
             await asyncio.gather(killing, return_exceptions=True)
         if killing.done() and not killing.cancelled() and killing.exception() is not None:
             raise killing.exception() or AssertionError
-        self._told(
+        self._say(
             f"storm over: {network.commits} commits, {sum(network.lies.told.values())} lies, "
             f"{sum(network.faults.fired.values())} faults, {self.victim.kills} kills"
         )

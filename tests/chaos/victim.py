@@ -61,7 +61,7 @@ plc = {{ max_requests_per_s = 500, failover_time = "1s" }}
 disk = {{ soft_floor_mib = 0, hard_floor_mib = 0 }}
 store = {{ quarantine_entries = 1000000 }}
 gc = {{ checkpoint_interval = "2s", ttl_interval = "2s", blocks_interval = "2s" }}
-audit = {{ repos_per_minute = 120, rev_pages_per_s = 20, rev_delay = "200ms" }}
+audit = {{ repos_per_minute = 120, rev_pages_per_s = 20, rev_delay = "200ms", rev_max_pages = 30 }}
 log = {{ level = "warning" }}
 
 [network]
