@@ -12,7 +12,7 @@ import asyncio
 import random
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from indexer.backfill.holds import HoldUnit, Releases
 from indexer.backfill.host_book import HostBook
 from indexer.backfill.hosts import Hosts, Views, host_of
 from indexer.backfill.job import Job, Tools
+from indexer.backfill.progress import Progress
 from indexer.backfill.queue import Entry, ReadPosition, ReadyQueue, explicit_due
 from indexer.backfill.rows import PostponeUnit, RequestUnit, is_waiting
 from indexer.backfill.stats import Stats
@@ -93,6 +94,7 @@ class Backfill:
         #: What an operator says of hosts, and is told of them.
         self.hosts = HostBook(db, writer, self._hosts, bans or Bans(db), self._releases.add)
         self._stats = Stats(time.monotonic)
+        self._progress = Progress(db)
         self._budget = ByteBudget(limits.inflight_mib << 20)
         self._parsed = ByteBudget(limits.parsed_mib << 20)
         self._http = http
@@ -142,7 +144,7 @@ class Backfill:
     async def run(self) -> None:
         """Works until `stop`; raises what is wrong with our own state."""
         self._spool.prepare()
-        helpers = [asyncio.create_task(work()) for work in (self._look_after_hosts, self._releases.run)]
+        helpers = [asyncio.create_task(work()) for work in self._helpers()]
         for helper in helpers:
             helper.add_done_callback(self._helper_ended)
         try:
@@ -159,6 +161,9 @@ class Backfill:
             await asyncio.gather(*helpers, return_exceptions=True)
             await self._cancel_jobs()
         await self.hosts.save()
+
+    def _helpers(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        return [self._look_after_hosts, self._releases.run, self._progress.run]
 
     async def _look_after_hosts(self) -> None:
         """Counts accounts by host where that was never done; then stores what is seen of hosts."""
@@ -302,6 +307,7 @@ class Backfill:
 
     def _start(self, entry: Entry) -> None:
         task = asyncio.create_task(self._work(entry), name=f"backfill {entry.did}")
+        self._progress.pace.begin()
         self._jobs[entry.did] = task
         task.add_done_callback(lambda _: self._ended(entry.did))
 
@@ -310,11 +316,14 @@ class Backfill:
         self._wake.set()
 
     async def _work(self, entry: Entry) -> None:
+        busy: str | None = ""
         try:
             busy = await Job(self.tools, entry.did).run()
         except Exception as error:  # our own state: `run` raises it and the daemon goes down
             self._failure = error
             return
+        finally:
+            self._progress.pace.end(left=busy is None)
         if busy is not None:
             self._ready.add(entry._replace(host=busy), always=True)
 
@@ -341,6 +350,7 @@ class Backfill:
             "in_flight": len(self._jobs),
             "in_flight_bytes": self._budget.used,
             "parsed_bytes": self._parsed.used,
+            **self._progress.status(),
             "done": stats.done,
             "failed": dict(stats.failed),
             "records": stats.records,

@@ -29,7 +29,7 @@ async def test_no_cut_is_accepted_and_none_deletes_a_record(
         monkeypatch.setattr("indexer.backfill.verify.MIB", 1)
     one = account("one", {f"{POST}3k{number:011d}": f"text {number}" for number in range(300)})
     backfill = {"verify_mib": verify_mib, "retry_min": 0.001, "retry_max": 0.001}
-    patient = {"faults": 10_000}  # one cut after the other makes a host look like a liar
+    patient = {"faults": 10_000, "requests_per_s": 0}  # one cut after the other makes it look like a liar
     async with Host() as host, World(tmp_path, host, backfill=backfill, hosts=patient) as world:
         host.serve(one)
         await world.fetch(one)
@@ -39,6 +39,8 @@ async def test_no_cut_is_accepted_and_none_deletes_a_record(
         data = car_of(one)
         cuts = cuts_of(data)
         assert len(cuts) > 300
+        if verify_mib == 1:  # a table each takes its time
+            cuts = cuts[::25] + cuts[-1:]
         for cut in cuts:
             host.answers[one.did] = answer_car(one, body=data[:cut])
             await world.change(one, error="", attempt=0)

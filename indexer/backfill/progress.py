@@ -1,0 +1,159 @@
+"""How far the backfill is: what waits, how fast it goes, and when it will be done.
+
+Owns the census of the durable queue, taken again and again in small steps (never more than a twentieth of the
+time), and the pace at which repositories leave it. Between two takes of the census what left since is
+subtracted. Only reads; event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from indexer.atproto.types import Micros
+from indexer.backfill.hosts import HELD
+from indexer.backfill.outcome import reason_of
+from indexer.backfill.queue import CLAIMED_DUE, EXPLICIT_LEAD
+from indexer.backfill.rows import is_waiting
+from indexer.store.codecs import RepoRow, encode_due
+from indexer.store.database import Database
+from indexer.store.keyspaces import PENDING, REPOS
+from indexer.store.writer import clock_us
+
+#: Rows of the queue that are looked at in one turn.
+_STEP: Final = 250
+#: A census takes at most one part in so many of the time, and is not taken again within the shortest wait.
+_SHARE: Final = 20
+_SHORTEST_S: Final = 1.0
+#: The pace is a mean over so many slots of so many seconds, the present busy time at most.
+_SLOT_S: Final = 10
+_SLOTS: Final = 60
+#: Idle for longer than this, and a new busy time begins.
+_IDLE_S: Final = 5.0
+
+
+class Census(NamedTuple):
+    """Who waits for a fetch. ``due``: now, those being worked on included; ``later``: after a failure;
+    ``held``: of a host from which nothing is fetched. Times in µs since 1970, 0 when there is none."""
+
+    due: int = 0
+    later: int = 0
+    held: int = 0
+    oldest_due: Micros = 0
+    next_due: Micros = 0  # of those that wait for later
+    left: int = 0  # repositories that had left the queue when it was taken
+
+    def with_rows(self, rows: Sequence[tuple[Micros, RepoRow]], now: Micros) -> Census:
+        """With further rows of the queue, in its order."""
+        due, later, held, oldest, following = self.due, self.later, self.held, self.oldest_due, self.next_due
+        for at, row in rows:
+            if reason_of(row.error) in HELD:
+                held += 1
+            elif at > now:
+                later += 1
+                following = min(following or at, at)
+            else:
+                due += 1
+                if at != CLAIMED_DUE:
+                    asked = asked_at(at, now)
+                    oldest = min(oldest or asked, asked)
+        return Census(due, later, held, oldest, following, self.left)
+
+
+def asked_at(due: Micros, now: Micros) -> Micros:
+    """When a repository became due, also one that stands in front because somebody asked for it."""
+    return due + EXPLICIT_LEAD if due < now - EXPLICIT_LEAD // 2 else due
+
+
+class Pace:
+    """Repositories that leave the queue, by time."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._slots: deque[tuple[int, int]] = deque()
+        self._began: float | None = None
+        self._last = 0.0
+        self._working = 0
+        #: How many have left since the start.
+        self.left = 0
+
+    def begin(self) -> None:
+        """One is being worked on."""
+        now = self._clock()
+        if self._began is None or (not self._working and now - self._last > _IDLE_S):
+            self._began = now
+            self._slots.clear()
+        self._working += 1
+
+    def end(self, *, left: bool) -> None:
+        """It is no longer; ``left`` when the queue has one less that is due."""
+        self._working -= 1
+        self._last = now = self._clock()
+        if left:
+            self.left += 1
+            slot = int(now) // _SLOT_S
+            count = self._slots.pop()[1] if self._slots and self._slots[-1][0] == slot else 0
+            self._slots.append((slot, count + 1))
+
+    def per_s(self) -> float:
+        """The mean over the present busy time, its last ten minutes at most; 0.0 before anything left."""
+        if self._began is None:
+            return 0.0
+        now = self._clock() if self._working else self._last
+        first = int(now) // _SLOT_S - _SLOTS + 1
+        while self._slots and self._slots[0][0] < first:
+            self._slots.popleft()
+        span = now - max(self._began, first * _SLOT_S)
+        return sum(count for _slot, count in self._slots) / span if span > 0 else 0.0
+
+
+class Progress:
+    """The census and the pace together."""
+
+    def __init__(self, db: Database, clock: Callable[[], float] = time.monotonic) -> None:
+        self._db = db
+        self._clock = clock
+        self.pace = Pace(clock)
+        self.census = Census()
+
+    async def run(self) -> None:
+        """Takes the census again and again, until cancelled."""
+        while True:
+            begun = self._clock()
+            await self.take()
+            await asyncio.sleep(max(_SHORTEST_S, _SHARE * (self._clock() - begun)))
+
+    async def take(self) -> None:
+        """Looks at the whole queue once."""
+        now = clock_us()
+        census = Census(left=self.pace.left)
+        start = b""
+        while keys := [key for key, _ in self._db.scan(PENDING, start, None, limit=_STEP)]:
+            rows = self._db.multi_get(REPOS, [did for _, did in keys])
+            waiting = [
+                (due, row) for (due, _), row in zip(keys, rows, strict=True) if row and is_waiting(row)
+            ]
+            census = census.with_rows(waiting, now)
+            start = encode_due(keys[-1]) + b"\0"
+            await asyncio.sleep(0)
+        self.census = census
+
+    def due(self) -> int:
+        """Repositories that are due now, by the last census and what left since."""
+        return max(0, self.census.due - (self.pace.left - self.census.left))
+
+    def status(self) -> dict[str, Any]:
+        """Figures for `/stats`. ``eta_s`` is None where nothing is due, or nothing has left yet."""
+        census, due, rate = self.census, self.due(), self.pace.per_s()
+        return {
+            "due": due,
+            "later": census.later,
+            "held": census.held,
+            "oldest_due_us": (census.oldest_due or None) if due else None,
+            "next_due_us": census.next_due or None,
+            "repos_per_s": round(rate, 2),
+            "eta_s": round(due / rate, 1) if due and rate else None,
+        }
