@@ -58,6 +58,8 @@ from indexer.setting_values import check_address as check_address
 from indexer.setting_values import parse_bind as parse_bind
 from indexer.setting_values import parse_crawler_source as parse_crawler_source
 from indexer.setting_values import parse_duration as parse_duration
+from indexer.setting_values import parse_host_rule as parse_host_rule
+from indexer.setting_values import parse_tier as parse_tier
 
 ENV_PREFIX = "INDEXER_"
 #: Settings that are never shown.

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Final, NamedTuple
 
-from indexer.config import Settings
-from indexer.setting_values import parse_host_rule, parse_tier
+from indexer.config import Settings, parse_host_rule, parse_tier
 from indexer.store.host_rows import HostRow
 
 DEFAULT: Final = "default"
