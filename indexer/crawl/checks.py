@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,8 +46,8 @@ _POLL_S: Final = 1.0
 _MAX_BODY: Final = 256 << 10
 #: Rows without a signal that are looked at, in one step, whether they are believed any longer.
 _SWEEP_STEP: Final = 500
-#: A held host's accounts are looked at again after so long.
-_HELD_S: Final = 3600.0
+#: Hosts that are to be left alone for longer than this have their accounts put off.
+_POSTPONE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +111,21 @@ class Checks:
             while True:
                 self._woken.clear()
                 if not self.paused:
+                    await self._postpone()
                     self._start(tasks)
                 try:
                     async with asyncio.timeout(_POLL_S):
                         await self._woken.wait()
                 except TimeoutError:
                     pass
+
+    async def _postpone(self) -> None:
+        """Puts off the accounts of hosts that are left alone, so that they do not fill the window."""
+        hosts = self._tools.hosts
+        for host in filter(None, self._ready.hosts()):
+            wait = self._tools.settings.hosts.recheck if hosts.held(host) else hosts.penalty_s(host)
+            if wait > _POSTPONE_S and (entries := self._ready.pop_host(host, _WINDOW)):
+                await self._later([entry.did for entry in entries], wait)
 
     def _start(self, tasks: asyncio.TaskGroup) -> None:
         """Asks about as many as may be asked about."""
@@ -188,7 +198,7 @@ class Checks:
         pds = (await tools.resolver.resolve(did)).pds
         host = host_of(pds)
         if tools.hosts.held(host):
-            await self._later(did, _HELD_S, failures=0)
+            await self._later([did], tools.settings.hosts.recheck)
         elif not tools.hosts.free(host):
             self._ready.add(entry._replace(host=host))
         else:
@@ -238,20 +248,25 @@ class Checks:
         """Asked later; after many failures not at all, until a list has it again."""
         row = self._tools.db.get(CRAWL, (WAITING, did))
         failures = (row[1] if row else 0) + 1
-        if failures >= self._tools.limits.check_tries:
-            await self._settle(did, "unanswered", believed=True)
+        if isinstance(error, IdentityError):  # a directory's trouble says nothing about the account
+            failures = min(failures, self._tools.limits.check_tries - 1)
+        elif failures >= self._tools.limits.check_tries:
+            await self._settle(did, "unanswered")
             return
-        wait = self._tools.wait_s(failures, getattr(error, "retry_after", None))
+        wait = self._tools.wait_s(max(failures, 1), getattr(error, "retry_after", None))
         if not isinstance(error, IndexerError):
             log.info("crawl_check_postponed", did=did, reason=str(error)[:200])
-        await self._later(did, wait, failures)
+        await self._later([did], wait, failures)
 
-    async def _later(self, did: Did, wait: float, failures: int) -> None:
+    async def _later(self, dids: Sequence[Did], wait: float, failures: int | None = None) -> None:
+        """They are asked about in ``wait`` seconds; ``failures`` where that changed."""
         due = self._tools.clock() + int(wait * 1e6)
 
         def step(tx: Transaction) -> None:
-            if tx.crawl_row(WAITING, did) is not None:
-                tx.set_crawl_row(WAITING, did, [due, failures])
+            for did in dids:
+                row = tx.crawl_row(WAITING, did)
+                if row is not None:
+                    tx.set_crawl_row(WAITING, did, [due, row[1] if failures is None else failures])
 
         await self._tools.writer.run("crawl_later", step)
 

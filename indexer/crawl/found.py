@@ -40,10 +40,6 @@ class Finding(NamedTuple):
     behind: list[Listed]
     words: list[Listed]  # their status differs from ours
 
-    @property
-    def new(self) -> int:
-        return len(self.queue) + len(self.ask)
-
 
 @dataclass(frozen=True, slots=True)
 class Lister:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any, Final
 
@@ -66,7 +66,6 @@ class Crawler:
         self._room = 0  # accounts that may be found until the queue is looked at again
         self._looked_at = float("-inf")
         self._asked = ""
-        self._hosts_known = 0
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -132,13 +131,12 @@ class Crawler:
         asked = looked_for(self._tools.filters)
         if asked != self._asked:
             self._asked = asked
-            for target in self.targets:
-                self._plan(target, 0.0)
-        elif len(self.targets.hosts) != self._hosts_known:
-            for target in self.targets.hosts.values():
-                if not target.serial:
-                    self._plan(target, 0.0)
-        self._hosts_known = len(self.targets.hosts)
+            planned: Iterable[Target] = self.targets
+        else:
+            planned = self.targets.fresh
+        for target in planned:
+            self._plan(target, 0.0)
+        self.targets.fresh = []
 
     def _plan(self, target: Target, wait: float) -> None:
         """Its next turn comes in ``wait`` seconds, or when its next sweep is due."""
@@ -151,15 +149,15 @@ class Crawler:
 
     async def _start_due(self, tasks: asyncio.TaskGroup) -> float:
         """Starts the turns that are due; seconds until the next one is."""
-        now = asyncio.get_running_loop().time()
         while self._heap and self._running < self._tools.limits.concurrency:
+            if not await self._has_room():
+                return _FULL_S
+            now = asyncio.get_running_loop().time()
             at, _, serial, target = self._heap[0]
             if serial != target.serial or not self.targets.is_current(target) or not target.enabled:
                 heapq.heappop(self._heap)
             elif at > now:
                 return min(at - now, IDLE_S)
-            elif not await self._has_room():
-                return _FULL_S
             else:
                 heapq.heappop(self._heap)
                 self._start(tasks, target)
@@ -174,6 +172,7 @@ class Crawler:
             self._plan(target, min(max(hosts.penalty_s(target.host), _BUSY_S), _LONGEST_S))
         else:
             self._running += 1
+            target.note = ""
             target.task = tasks.create_task(self._turn(target), name=f"crawl {target.name}")
 
     async def _turn(self, target: Target) -> None:
@@ -209,12 +208,12 @@ class Crawler:
         return not self._full
 
     def _queued(self, most: int) -> int:
-        """Repositories that are due and accounts that are to be asked about, counted up to ``most``.
+        """Repositories that are due and accounts that are to be asked about, up to ``most``.
 
         What was put off does not count: a host that rests must not keep others from being crawled.
         """
         db = self._tools.db
-        queued = db.count(f"crawl/{WAITING}")
+        queued = db.count(f"crawl/{WAITING}") + self._ingest.due
         for _ in db.raw_scan(PENDING.name, None, encode_due((self._tools.clock() + 1, ""))):
             queued += 1
             if queued >= most:

@@ -108,6 +108,7 @@ class Targets:
         self.sources: dict[str, Target] = {}
         self.hosts: dict[str, Target] = {}
         self._turn = asyncio.Lock()
+        self.fresh: list[Target] = []  # hosts that were not among them before
         self.gone: list[str] = []  # sources that left the settings while nothing ran
         db = tools.db
         stored = {key[1]: row for key, row in db.scan(SOURCES, *did_range(KIND))}
@@ -151,7 +152,11 @@ class Targets:
 
     def add_host(self, url: str, seed: str) -> Target:
         """A listed host among the targets; the one that is there, if it is."""
-        return self.hosts.setdefault(url, Target(HOST, url, LIST_REPOS, url, seed=seed))
+        known = self.hosts.get(url)
+        if known is None:
+            known = self.hosts[url] = Target(HOST, url, LIST_REPOS, url, seed=seed)
+            self.fresh.append(known)
+        return known
 
     async def drop_hosts(self, seed: str, seen_before: Micros | None = None) -> int:
         """Forgets the hosts that ``seed`` listed; with a time those that it no longer lists."""
@@ -192,7 +197,8 @@ class Targets:
                     tx.drop_source(KIND, name)
                 else:
                     tx.set_source(KIND, name, SourceRow(True, True, tx.now_us))
-                unheard.cancel(tx, WORDS + parse_crawler_source(name)[1])
+                if name.startswith(LIST_REPOS):
+                    unheard.cancel(tx, WORDS + parse_crawler_source(name)[1])
 
             await self._tools.writer.run("crawler_source_add", store)
             target = target or self._put(name, from_settings=False, enabled=True)
@@ -222,8 +228,7 @@ class Targets:
                     tx.set_source(KIND, target.name, SourceRow(False, False, tx.now_us))
                 else:
                     tx.drop_source(KIND, target.name)
-                tx.set_crawl_row(SOURCE, target.name, None)
-                unheard.plan(tx, WORDS + target.url)
+                _forget(target.name, tx)
 
             await self._tools.writer.run("crawler_source_remove", store)
             target.sweep = Sweep()
@@ -250,12 +255,7 @@ class Targets:
         """What is kept of sources that left the settings goes."""
         for name in self.gone:
             await self.drop_hosts(name)
-
-            def forget(tx: Transaction, name: str = name) -> None:
-                tx.set_crawl_row(SOURCE, name, None)
-                unheard.plan(tx, WORDS + parse_crawler_source(name)[1])
-
-            await self._tools.writer.run("crawler_source_gone", forget)
+            await self._tools.writer.run("crawler_source_gone", partial(_forget, name))
         self.gone = []
 
     async def _halt(self, target: Target | None) -> None:
@@ -305,6 +305,13 @@ class Targets:
             "error": target.error or None,
             "note": target.note or None,
         } | ({"hosts": hosts} if target.mode == HOSTS_MODE else {})  # fmt: skip
+
+
+def _forget(name: str, tx: Transaction) -> None:
+    """Where its sweep is, and what it said of accounts."""
+    tx.set_crawl_row(SOURCE, name, None)
+    if name.startswith(LIST_REPOS):
+        unheard.plan(tx, WORDS + parse_crawler_source(name)[1])
 
 
 def _reset(keys: list[tuple[str, str]], tx: Transaction) -> None:

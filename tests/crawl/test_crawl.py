@@ -224,6 +224,13 @@ async def test_a_relays_word_on_a_status_counts_until_it_says_otherwise_or_is_re
             await n.crawler.reset(relay)
             await n.until(lambda: n.db.repo(hidden).status is AccountStatus.ACTIVE)  # type: ignore[union-attr]
             assert n.db.repo(other).status is AccountStatus.ACTIVE  # type: ignore[union-attr]
+            account.status = "takendown"
+            await n.crawler.reset(relay)
+            await n.until(lambda: n.db.repo(hidden).status is AccountStatus.TAKENDOWN)  # type: ignore[union-attr]
+            await n.crawler.remove(relay)
+            await n.until(
+                lambda: not [word for word in n.db.account_words(hidden) if word.source.startswith("crawler")]
+            )
 
 
 async def test_an_inactive_account_that_a_pds_lists_is_known_by_its_status(tmp_path: Path) -> None:
