@@ -147,7 +147,7 @@ class Plan:
         """Faults that have happened make room for others, as do those that met nobody in their turn."""
         faults, now = self.network.faults, time.monotonic()
         for planned, until in list(self._active.items()):
-            if planned.left and (until > now or not self._faults):
+            if planned.left and until > now:
                 continue
             del self._active[planned]
             faults.remove(planned.number)
