@@ -23,12 +23,7 @@ from indexer.store.writer import Writer, clock_us
 
 #: Rows of `crawl`, by kind.
 SOURCE, HOST, LISTED, WAITING, WITHOUT = "source", "host", "listed", "waiting", "without"
-#: Tallies: ``crawler/`` + one of these.
-OUTCOMES: Final = (
-    "pages", "listed", "garbage", "found", "behind", "words", "hosts", "page_failed",
-    "done", "endless", "malformed", "unsupported", "refused",
-    "asked", "with_signal", "without_signal", "gone", "unanswered",
-)  # fmt: skip
+#: Tallies: this + what came of a page, a sweep or a question.
 TALLY: Final = "crawler/"
 
 

@@ -242,6 +242,9 @@ async def test_lying_statuses_and_lists() -> None:
             (_url(net, one, STATUS), "lying_rev", b'"rev"'),
             (lists, "repeated_cursor", b'"cursor":"again"'),
             (lists, "broken_entries", b"not a did"),
+            (lists, "circular_cursor", b'"cursor":"circle0"'),
+            (lists, "endless_list", b'"cursor":"page1"'),
+            (lists, "invented_repos", b"did:plc:"),
         ):
             truth = (await _get(http, path))[1]
             net.faults.add(Fault("pds0", kind, times=1))

@@ -263,6 +263,29 @@ async def test_listrepos_of_all_pdses_pages_through_everyone() -> None:
         assert sorted(found) == sorted(network.world.accounts)
 
 
+async def test_the_relay_lists_by_collection_and_its_hosts_and_a_pds_describes() -> None:
+    async with running() as (network, session):
+        relay = network.relay_url.replace("ws", "http", 1) + "/xrpc/com.atproto.sync"
+        did = next(iter(network.world.active)).did
+        op = {"action": "create", "collection": "a.b.rare", "rkey": "k", "value": {"n": 1}}
+        await act(session, network, "ops", did=did, ops=[op])
+        found = await get(session, f"{relay}.listReposByCollection", collection="a.b.rare")
+        assert found == (200, {"repos": [{"did": did}]})
+        assert (await get(session, f"{relay}.listReposByCollection"))[0] == 400
+        hosts: list[str] = []
+        cursor: dict[str, str] = {}
+        while True:
+            page = (await get(session, f"{relay}.listHosts", limit="1", **cursor))[1]
+            hosts += [f"http://{host['hostname']}" for host in page["hosts"]]
+            if "cursor" not in page:
+                break
+            cursor = {"cursor": page["cursor"]}
+        assert hosts == network.pds_urls
+        pds = network.pds_urls[network.world.accounts[did].pds]
+        status, told = await get(session, f"{pds}/xrpc/com.atproto.repo.describeRepo", repo=did)
+        assert (status, told["did"], "a.b.rare" in told["collections"]) == (200, did, True)
+
+
 async def test_ops_by_request_and_what_cannot_be_done() -> None:
     async with running() as (network, session):
         did = next(iter(network.world.active)).did
