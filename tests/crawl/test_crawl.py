@@ -95,6 +95,7 @@ async def test_hosts_that_a_relay_lists_are_crawled(tmp_path: Path) -> None:
             assert not n.source()["enabled"]
 
 
+@pytest.mark.slow
 async def test_listed_hosts_pass_the_guard_and_their_number_is_bounded(tmp_path: Path) -> None:
     async with network(pds=3) as net:
         seed = f"hosts::{net.relay_url.replace('ws', 'http', 1)}"
@@ -233,6 +234,7 @@ async def test_a_relays_word_on_a_status_counts_until_it_says_otherwise_or_is_re
             )
 
 
+@pytest.mark.slow
 async def test_an_inactive_account_that_a_pds_lists_is_known_by_its_status(tmp_path: Path) -> None:
     async with network(pds=1, history_accounts=2) as net:
         hidden, shown = sorted(dids_of(net))
@@ -242,6 +244,7 @@ async def test_an_inactive_account_that_a_pds_lists_is_known_by_its_status(tmp_p
             await n.until(lambda: n.db.repo(hidden).status is AccountStatus.DEACTIVATED)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 async def test_an_excluded_account_is_not_found(tmp_path: Path) -> None:
     async with network(pds=1, history_accounts=2) as net:
         left_out, kept = sorted(dids_of(net))
