@@ -217,6 +217,7 @@ class BackfillSettings(Section):
     chunk_kib: int = Field(4096, ge=1, description="record bytes applied in one step")
     timeout: Duration = Field(300.0, gt=0, description="time for one fetch")
     min_kib_per_s: float = Field(8.0, ge=0, description="slowest fetch that is tolerated")
+    max_mib_per_s: float = Field(16.0, gt=0, description="fastest rate at which one CAR is read")
     grace: Duration = Field(20.0, description="time until a fetch is judged by its speed")
     retry_min: Duration = Field(5.0, description="first wait after a failed fetch")
     retry_max: Duration = Field(3600.0, description="longest wait after a failed fetch")

@@ -30,6 +30,8 @@ from indexer.identity.http import HttpClient, StreamResponse, asked_wait
 MAX_ERROR_BODY = 16_384
 #: The client's own time limit, out of the way: a download is judged by its `Deadline`.
 OWN_TIMER_S = 86_400.0
+#: A fetch that is ahead of its fastest rate by less goes on.
+_LEAST_PAUSE_S = 0.02
 GET_REPO = "/xrpc/com.atproto.sync.getRepo?did="
 
 
@@ -116,7 +118,7 @@ async def fetch_repo(
             served = response.url
             if response.status != 200:
                 await _refuse(response, origin)
-            await _spool(response.chunks, path, share, deadline, timer)
+            await _spool(response.chunks, path, share, deadline, timer, settings.max_mib_per_s * (1 << 20))
             allowance = allowance_of(response.headers, time.time())
     except TimeoutError as error:
         reason = "timeout" if deadline.over_total(now()) else "slow"
@@ -130,17 +132,27 @@ async def fetch_repo(
 
 
 async def _spool(
-    chunks: AsyncIterator[bytes], path: Path, share: Share, deadline: Deadline, timer: asyncio.Timeout
+    chunks: AsyncIterator[bytes],
+    path: Path,
+    share: Share,
+    deadline: Deadline,
+    timer: asyncio.Timeout,
+    fastest: float,
 ) -> None:
+    """``fastest``: bytes a second, so that a host that sends all it can leaves the loop to the others."""
     now = asyncio.get_running_loop().time
+    begun = now()
     with path.open("wb") as file:
         async for chunk in chunks:
             file.write(chunk)
-            if not share.add(len(chunk)):
+            grows = share.add(len(chunk))
+            early = share.size / fastest - (now() - begun)
+            if not grows or early > _LEAST_PAUSE_S:
                 timer.reschedule(None)
                 paused = now()
                 share.waits(None)
                 await share.room()
+                await asyncio.sleep(max(0.0, early))
                 deadline.started += now() - paused
             share.waits(now())
             timer.reschedule(deadline.at(share.size))

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import sys
 import tempfile
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -32,14 +34,41 @@ def made(prefix: str, count: int) -> list[Account]:
     return [account(prefix + "".join("abcdefghij"[int(d)] for d in str(n)), posts) for n in range(count)]
 
 
-async def endless(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse()
-    await response.prepare(request)
+#: A server in a process of its own, for what it costs to send without end is its own affair.
+ENDLESS = """
+import asyncio
+
+async def serve(reader, writer):
     try:
+        await reader.readuntil(b"\\r\\n\\r\\n")
+        writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Type: application/vnd.ipld.car\\r\\n\\r\\n")
         while True:
-            await response.write(bytes(1 << 16))
-    except ConnectionError:
-        return response
+            writer.write(bytes(1 << 16))
+            await writer.drain()
+    except (ConnectionError, asyncio.IncompleteReadError):
+        writer.close()
+
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def endless() -> AsyncIterator[str]:
+    """The URL of a host that answers every request with bytes and no end."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ENDLESS, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert child.stdout is not None
+        yield f"http://127.0.0.1:{int(await child.stdout.readline())}"
+    finally:
+        child.kill()
+        await child.wait()
 
 
 def lie(one: Account) -> Handler:
@@ -67,13 +96,12 @@ async def seconds(good: list[Account], bad: dict[str, list[Account]], rate: floa
         due = [(one, host.url) for one in good]
         for kind, accounts in bad.items() if beside else ():
             other = await stack.enter_async_context(Host())
+            url = other.url if kind != "endless" else await stack.enter_async_context(endless())
             for one in accounts:
                 host.keys[one.did] = one.key.multikey
-                host.pds[one.did] = other.url
-                other.answers[one.did] = {
-                    "stall": stall, "limit": answer_with(429), "endless": endless, "lie": lie(one),
-                }[kind]  # fmt: skip
-            due = [(one, other.url) for one in accounts] + due
+                host.pds[one.did] = url
+                other.answers[one.did] = {"stall": stall, "limit": answer_with(429)}.get(kind, lie(one))
+            due = [(one, url) for one in accounts] + due
         tiers = {"tiers": [f"good=4/{rate:.3f}/0"], "rules": [f"{host_of(host.url)}=good"]}
         limits = {"retry_min": 5, "retry_max": 3600, "max_car_mib": 64}
         world = await stack.enter_async_context(World(folder, host, backfill=limits, hosts=tiers))
