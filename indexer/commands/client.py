@@ -73,6 +73,11 @@ class Daemon:
         async with self._call("GET", f"{self.public}/health") as response:
             return await response.json()
 
+    async def stats(self) -> Any:
+        """Totals, rates and the state of every part."""
+        async with self._call("GET", f"{self.public}/stats") as response:
+            return await response.json()
+
     async def manage(self, method: str, path: str, body: object = None, *, patient: bool = False) -> Any:
         """A management request's JSON answer; ``patient``: one that may take as long as it needs."""
         url = f"{self.management}{path}"

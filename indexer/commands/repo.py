@@ -10,9 +10,10 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode
@@ -22,7 +23,7 @@ import click
 from indexer.atproto.syntax import check_did
 from indexer.commands.client import Daemon, run_client, safe_text, with_daemon
 from indexer.commands.paths import NamedPath
-from indexer.commands.progress import counted
+from indexer.commands.progress import Tell, bar, counted
 from indexer.errors import FetchRefused, IdentityGone, IndexerError, RequestError
 from indexer.ingest.audit import Audit, audit
 from indexer.pool import Pool
@@ -33,6 +34,11 @@ from indexer.store.restore import expect_whole
 #: Time between two looks of `repo add --wait`, in seconds.
 _POLL_S = 0.5
 _PIECE = 1 << 18
+#: What `repo status` shows of the backfill's figures, in order.
+_OVERVIEW = (
+    "due", "later", "held", "in_flight", "eta_s", "repos_per_s", "records_per_s", "oldest_due_us",
+    "next_due_us", "done", "failed", "paused",
+)  # fmt: skip
 #: How the error of a row begins when a directory or host says that there is no such account.
 _NO_IDENTITY = f"{IdentityGone.reason}: "
 
@@ -55,17 +61,19 @@ def add(daemon: Daemon, dids: tuple[str, ...], wait: bool, raw: bool) -> None:
         acted = await daemon.manage("PUT", "/repos", [{"did": did} for did in wanted])
         told = {item["did"] for item in acted}
         problems = []
-        for did in wanted:
-            try:
-                row = await (_settled(daemon, did) if wait else daemon.manage("GET", _path(did)))
-            except FetchRefused as error:
-                if error.status != 404 or did in told:
-                    raise
-                row = None
-            if row is not None and row["tracked"]:
-                click.echo(json.dumps(row) if raw else _line(row))
-            if problem := _problem(did, row, waited=wait):
-                problems.append(problem)
+        with bar("fetching") if wait else nullcontext() as tell:
+            for number, did in enumerate(wanted):
+                how = partial(_tell, tell, number, len(wanted)) if tell else None
+                try:
+                    row = await (_settled(daemon, did, how) if how else daemon.manage("GET", _path(did)))
+                except FetchRefused as error:
+                    if error.status != 404 or did in told:
+                        raise
+                    row = None
+                if row is not None and row["tracked"]:
+                    click.echo(json.dumps(row) if raw else _line(row))
+                if problem := _problem(did, row, waited=wait):
+                    problems.append(problem)
         if problems:
             raise RequestError("; ".join(problems))
 
@@ -83,10 +91,16 @@ def _problem(did: str, row: Mapping[str, Any] | None, *, waited: bool) -> str | 
     return f"{did} cannot be synced: {safe_text(row['error'])}"
 
 
-async def _settled(daemon: Daemon, did: str) -> dict[str, Any]:
-    """The repository's state once it is synced, or known not to become so."""
+def _tell(tell: Tell, done: int, total: int, row: Mapping[str, Any]) -> None:
+    """Moves the bar: how many are settled, and what the one that is waited for does."""
+    tell(f"{row['did']} {row['state']}, {counted(row['records'], 'record')}", done, total)
+
+
+async def _settled(daemon: Daemon, did: str, how: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    """The repository's state once it is synced, or known not to become so; tells every state it meets."""
     while True:
         row: dict[str, Any] = await daemon.manage("GET", _path(did))
+        how(row)
         if not row["tracked"] or (row["state"] == "synced" and row["active"]):
             return row
         # An account known as inactive is asked for once more, as it was just requested.
@@ -118,14 +132,14 @@ def list_repos(daemon: Daemon, state: str | None, status: str | None, raw: bool)
 
 
 @repo.command()
-@click.argument("did")
+@click.argument("did", required=False)
 @click.option("--json", "raw", is_flag=True, help="One line of JSON.")
 @with_daemon
-def status(daemon: Daemon, did: str, raw: bool) -> None:
-    """Show everything known about one repository."""
+def status(daemon: Daemon, did: str | None, raw: bool) -> None:
+    """Show everything known about one repository, or without DID how far the backfill is."""
 
     async def main() -> None:
-        row = await daemon.manage("GET", _path(check_did(did)))
+        row = await (daemon.manage("GET", _path(check_did(did))) if did else _overview(daemon))
         if raw:
             click.echo(json.dumps(row))
         else:
@@ -133,6 +147,13 @@ def status(daemon: Daemon, did: str, raw: bool) -> None:
                 click.echo(line)
 
     run_client(main())
+
+
+async def _overview(daemon: Daemon) -> dict[str, Any]:
+    """Totals, and what the backfill says of itself."""
+    stats = await daemon.stats()
+    shown = {name: stats["backfill"][name] for name in _OVERVIEW if name in stats["backfill"]}
+    return {"repos": stats["repos"]["total"], **shown, "states": stats["repos"]["by_state"]}
 
 
 @repo.command()
@@ -242,9 +263,17 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['did']} {row['state']} {row['status']} {row['rev'] or '-'} {handle}"
 
 
+def _moment(time_us: int) -> str:
+    """A due time: what is due already may stand long before now, to be in front of the queue."""
+    when = datetime.fromtimestamp(time_us / 1e6, UTC)
+    return f"{when:%Y-%m-%dT%H:%M:%SZ}{' (now)' if when <= datetime.now(UTC) else ''}"
+
+
 def _details(row: Mapping[str, Any]) -> Iterator[str]:
     for key, value in row.items():
-        if isinstance(value, dict):
+        if key.endswith("due_us") and value is not None:
+            yield f"{key.removesuffix('_us'):<16} {_moment(value)}"
+        elif isinstance(value, dict):
             yield f"{key}:"
             yield from (f"  {name:<40} {count}" for name, count in value.items())
         elif isinstance(value, list):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -117,21 +118,36 @@ async def test_stream_reconnects_without_losing_or_repeating(tmp_path: Path, cap
         assert "connecting again" in output.err
 
 
-async def test_repositories_are_added_listed_and_shown(tmp_path: Path, capsys: Output) -> None:
+async def test_repositories_are_added_listed_and_shown(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with running(tmp_path, filter={"excludes": [BOB]}) as node:
         assert await _call(node, "repo", "add", ALICE) == 0
         assert capsys.readouterr().out.startswith(f"{ALICE} pending")
         assert await _call(node, "repo", "add", BOB) == 1
         assert "error: " in capsys.readouterr().err
         await fill(node, ALICE, [f"{POST}/a"], state=SyncState.SYNCED, handle="alice.test")
+        bars: list[tuple[str | int, ...]] = []
+
+        def told(*parts: str | int) -> None:
+            bars.append(parts)
+
+        monkeypatch.setattr("indexer.commands.repo.bar", lambda _title: nullcontext(told))
         assert await _call(node, "repo", "add", ALICE, "--wait") == 0
         assert f"{ALICE} synced" in capsys.readouterr().out
+        assert bars == [(f"{ALICE} synced, 1 record", 0, 1)]
         assert await _call(node, "repo", "list", "--state", "synced", "--json") == 0
         assert json.loads(capsys.readouterr().out)["handle"] == "alice.test"
         assert await _call(node, "repo", "list", "--state", "pending") == 0
         assert capsys.readouterr().out == ""
         assert await _call(node, "repo", "status", ALICE) == 0
         assert f"{POST}" in capsys.readouterr().out
+        assert await _call(node, "repo", "status") == 0
+        shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if " " in line)
+        assert (shown["repos"], shown["synced"], shown["pending"]) == ("1", "1", "0")
+        await fill(node, ALICE, [], due=1_000_000)
+        assert await _call(node, "repo", "status", ALICE) == 0
+        assert "due              1970-01-01T00:00:01Z (now)" in capsys.readouterr().out
         assert await _call(node, "repo", "status", "alice") == 1
         assert "not a valid DID" in capsys.readouterr().err
 

@@ -1,0 +1,45 @@
+"""The process that `storm` kills: it backfills what it is told to, from a host that lives elsewhere.
+
+``python -m tests.backfill.storm_child FOLDER URL``: the DIDs to be fetched again come as one JSON list on
+standard input. Says ``ready`` once they are requested, and ``done`` when nothing waits any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from indexer.store.codecs import SyncState
+from indexer.store.database import Database
+from tests.backfill.world import Host, World
+
+#: Small steps and a small memory, so that kills fall between them.
+BACKFILL: dict[str, Any] = {
+    "chunk_records": 20, "chunk_kib": 16, "verify_mib": 1, "concurrency": 6, "per_host": 6,
+    "retry_min": 0.05, "retry_max": 0.2,
+}  # fmt: skip
+
+
+def synced(db: Database) -> bool:
+    return all(row.state is SyncState.SYNCED for _did, row in db.repos(limit=1000))
+
+
+async def main(folder: Path, url: str, dids: list[str]) -> None:
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    host = Host()
+    host.url = url
+    patient = {"requests_per_s": 0, "faults": 1000}
+    async with World(folder, host, backfill=BACKFILL, hosts=patient) as world:
+        await world.backfill.add(dids, again=True)
+        print("ready", flush=True)
+        await world.running(lambda: synced(world.db))
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.stdin.read())))
