@@ -105,6 +105,15 @@ async def test_a_wrong_count_or_reason_is_a_fault(
     assert any(said in fault for fault in faults), faults
 
 
+async def test_a_lie_that_is_refused_twice_is_a_fault(network: ChaosNetwork, tmp_path: Path) -> None:
+    lie = network.lie("tree_chain", ["relay0"])
+    assert lie is not None
+    counts = {"ok/commit": sum(network.sent["relay0"].values()) - 2, "reject/tree": 2}
+    seq = lie["lanes"]["relay0"]
+    faults = await _judged(tmp_path, network, counts, (seq, "tree"), (seq, "tree"))
+    assert faults == ["relay0: 1 frames too many were refused twice"]
+
+
 async def test_a_true_frame_that_is_refused_is_a_fault(network: ChaosNetwork, tmp_path: Path) -> None:
     came = sum(network.sent["relay0"].values())
     faults = await _judged(tmp_path, network, {"ok/commit": came - 1, "reject/car": 1}, (3, "car"))

@@ -186,13 +186,13 @@ class Judge:
         """Each row of the quarantine is a lie under its reason, once; and the counters are those rows."""
         lies = {seq: lie for lie, seq in self._told(lane)}
         seen: set[int] = set()
+        again = -self._again(lane)
         strays = self._turns(lane, "seq_missing", "seq_type")
         for row in self._kept[lane]:
             lie = lies.get(row.seq)
             expected = lie is not None and f"reject/{row.reason}" in lie["expect"]
-            if expected and row.seq in seen:
-                yield f"{lane}: {row.seq} was refused twice"
-            elif expected:
+            if expected:
+                again += row.seq in seen
                 seen.add(row.seq)
             elif lie is not None and row.reason in _AT_FIRST_SIGHT.get(lie["kind"], ()):
                 continue
@@ -203,6 +203,8 @@ class Judge:
             else:
                 what = f"a lie of kind {lie['kind']}" if lie else "no lie"
                 yield f"{lane}: {row.seq}, {what}, was refused for {row.reason}: {row.message}"
+        if again > 0:
+            yield f"{lane}: {again} frames too many were refused twice"
         if strays < 0:
             yield f"{lane}: {-strays} messages too many were refused for their fields"
         rows = Counter(f"reject/{row.reason}" for row in self._kept[lane])
@@ -229,7 +231,7 @@ class Judge:
             told.update(name for name in lie["expect"] if name in FORM)
         extra = self._turns(lane, "seq_missing", "seq_type")
         for name in FORM:
-            most = told[name] + (extra if name == "reject/fields" else 0)
+            most = told[name] + self._again(lane) + (extra if name == "reject/fields" else 0)
             if not told[name] <= self.counts[lane][name] <= most:
                 yield f"{lane}: {name} was counted {self.counts[lane][name]} times, told {told[name]}"
 
@@ -266,7 +268,7 @@ class Judge:
         for lie, _ in self._told(lane):
             told.update(lie["expect"])
         for name in _LIES_ONLY:
-            if self.counts[lane][name] > told[name]:
+            if self.counts[lane][name] > told[name] + self._again(lane):
                 yield f"{lane}: {name} was counted {self.counts[lane][name]} times, told {told[name]}"
 
     def _tabulate(self) -> None:
