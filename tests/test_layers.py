@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,16 +37,19 @@ ALLOWED = {
 TOP = {"cli", "commands", "__main__", "__init__"}
 
 
-def _imports(path: Path) -> Iterator[str]:
+@cache
+def _imports(path: Path) -> frozenset[str]:
     """Every module that a file imports, at any depth, with `from a import b` given as a.b."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             if node.level == 0:
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
             else:
                 assert path.name == "__init__.py", f"{path}: imports are absolute"
+    return frozenset(found)
 
 
 def _part(path: Path) -> str:

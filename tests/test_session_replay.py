@@ -126,7 +126,7 @@ PDS, RELAY = "pds::", ""
     ("phases", "verifiers", "kind"),
     [
         ([[0], [0, 1]], 0, PDS),
-        ([[1], [1, 0]], 1, PDS),
+        pytest.param([[1], [1, 0]], 1, PDS, marks=pytest.mark.slow),
         ([[0, 1]], 1, PDS),
         pytest.param([[0], [1]], 0, RELAY, marks=pytest.mark.slow),
         pytest.param([[1], [0]], 1, RELAY, marks=pytest.mark.slow),

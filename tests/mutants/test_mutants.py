@@ -39,6 +39,7 @@ def test_a_text_that_is_not_found_exactly_once_is_refused() -> None:
             mutated(mutant, text)
 
 
+@pytest.mark.slow
 def test_killed_or_survived_is_what_the_killer_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

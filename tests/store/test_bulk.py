@@ -112,7 +112,7 @@ plans = st.builds(
 
 
 @given(plans)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_the_store_is_the_same_to_the_byte(plan: Plan) -> None:
     assert asyncio.run(outcome(in_bulk, plan)) == asyncio.run(outcome(one_by_one, plan))
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,12 @@ UNITS = (
     "retention finish",
 )  # fmt: skip
 POINTS = [f"{moment} {unit}" for unit in UNITS for moment in ("before", "after")]
+#: Two of them on every run, all of them in the slow suite.
+QUICK = (POINTS[0], "before checkpoint fold")
+
+
+def _marked(point: str) -> Any:
+    return pytest.param(point, marks=() if point in QUICK else pytest.mark.slow)
 
 
 def child(folder: Path, point: str, count: int) -> subprocess.Popen[str]:
@@ -60,7 +67,7 @@ async def assert_exact(folder: Path) -> int:
     return cursor
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", [_marked(point) for point in POINTS])
 @pytest.mark.limit(60)
 async def test_killed_at_a_crash_point(tmp_path: Path, point: str) -> None:
     crash(tmp_path, point, 1)

@@ -9,8 +9,8 @@ from tests.store.model import StoreMachine, run_model
 
 def test_the_store_equals_its_twin_after_any_steps() -> None:
     before = StoreMachine.steps
-    run_model(300)
-    assert StoreMachine.steps - before >= 300
+    run_model(150)
+    assert StoreMachine.steps - before >= 150
 
 
 @pytest.mark.slow

@@ -109,6 +109,7 @@ def test_a_busy_port_falls_back_to_a_free_one() -> None:
     assert _free_address(f"127.0.0.1:{port}") == f"127.0.0.1:{port}"
 
 
+@pytest.mark.slow
 @pytest.mark.limit(60)
 async def test_a_signal_at_the_start_leaves_nothing_behind(tmp_path: Path) -> None:
     for number, arguments, code in (
