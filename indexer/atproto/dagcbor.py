@@ -21,6 +21,8 @@ from indexer.errors import DagCborError, RecordInvalid, SyntaxInvalid
 MAX_SAFE_INTEGER: Final = 2**53 - 1
 MAX_RECORD_BYTES: Final = 1_000_000
 MAX_DEPTH: Final = 32
+#: Most elements of one list or map, and most lists and maps, of a record (sync.md §5).
+MAX_CONTAINERS: Final = 131_072
 
 _decode: Callable[[bytes], Any] = libipld.decode_dag_cbor
 _encode: Callable[[Any], bytes] = libipld.encode_dag_cbor
@@ -238,8 +240,9 @@ def _special(value: dict[str, Any]) -> bytes:
 def check_record(block: bytes, *, max_bytes: int = MAX_RECORD_BYTES, max_depth: int = MAX_DEPTH) -> None:
     """Raise `RecordInvalid` unless ``block`` is a record that obeys the data model.
 
-    A map at the top; no floats, integers within ±(2^53−1), nesting within ``max_depth``, links to CIDv1
-    dag-cbor or raw with SHA-256, ``$type`` a non-empty string, blobs complete, text valid UTF-8.
+    A map at the top; no floats, integers within ±(2^53−1), nesting within ``max_depth``, containers within
+    `MAX_CONTAINERS`, links to CIDv1 dag-cbor or raw with SHA-256, ``$type`` a non-empty string, blobs
+    complete, text valid UTF-8.
     """
     if len(block) > max_bytes:
         raise RecordInvalid(f"{len(block)} bytes, more than {max_bytes}", reason="record_size")
@@ -249,10 +252,30 @@ def check_record(block: bytes, *, max_bytes: int = MAX_RECORD_BYTES, max_depth: 
         raise RecordInvalid(f"not DAG-CBOR: {_reason(error)}") from error
     if type(value) is not dict:
         raise RecordInvalid(f"a record is a map, not {type(value).__name__}")
+    if len(block) > MAX_CONTAINERS:  # a smaller one cannot hold too many
+        _check_bulk(value)
     try:
         _check_model(_typed(block) if _may_hold_links(block) else value, max_depth)
     except DagCborError as error:
         raise RecordInvalid(str(error)) from error
+
+
+def _check_bulk(record: dict[str, Any]) -> None:
+    """Containers are counted first: the exact decoder and the checks take far longer for one than libipld."""
+    level: list[Any] = [record]
+    count = 1
+    while level:
+        below: list[Any] = []
+        for value in level:
+            if type(value) is dict:
+                value = value.values()
+            if len(value) > MAX_CONTAINERS:
+                raise RecordInvalid(f"a list or map of {len(value)} elements", reason="record_containers")
+            below += [item for item in value if type(item) is dict or type(item) is list]
+            if count + len(below) > MAX_CONTAINERS:
+                raise RecordInvalid(f"more than {MAX_CONTAINERS} lists and maps", reason="record_containers")
+        count += len(below)
+        level = below
 
 
 def _check_model(record: dict[str, Any], max_depth: int) -> None:

@@ -29,6 +29,9 @@ from indexer.store.codecs import INVALID, OVERSIZE
 INDEX_CHUNK = 1000
 MAX_RECORD = 1_000_000
 MIB = 1 << 20
+#: Records of this many bytes are worth remembering, the last `_REMEMBERED` of them (2 MB).
+_COSTLY = 1 << 10
+_REMEMBERED = 1 << 14
 
 #: path, CID, start and end of its block in the CAR, flags
 IndexEntry: TypeAlias = tuple[Path, Cid, int, int, int]
@@ -98,9 +101,10 @@ def table_path(car: FilePath) -> FilePath:
 def _written(index: FilePath, buffer: mmap.mmap, found: Found) -> Verified:
     """Checks each record and writes it down; raises what the walk raises."""
     records = flagged = oversize = 0
+    seen: dict[Cid, int] = {}
     with index.open("wb") as file:
         for rows in _chunks(found.rows):
-            entries = [_entry(buffer, *row) for row in rows]
+            entries = [_entry(buffer, seen, *row) for row in rows]
             flagged += sum(1 for entry in entries if entry[4])
             oversize += sum(1 for entry in entries if entry[4] & OVERSIZE)
             records += len(entries)
@@ -134,11 +138,21 @@ def _chunks(parts: Iterator[list[Span]]) -> Iterator[list[Span]]:
         yield held
 
 
-def _entry(buffer: mmap.mmap, path: Path, cid: Cid, start: int, end: int) -> IndexEntry:
-    if end - start > MAX_RECORD:
-        return path, cid, start, end, OVERSIZE
+def _entry(buffer: mmap.mmap, seen: dict[Cid, int], path: Path, cid: Cid, start: int, end: int) -> IndexEntry:
+    """``seen``: flags of records that cost time, of which one may stand under any number of keys."""
+    if end - start < _COSTLY:
+        return path, cid, start, end, _flags(buffer[start:end])
+    flags = seen.get(cid)
+    if flags is None:
+        if len(seen) >= _REMEMBERED:
+            seen.clear()
+        flags = seen[cid] = OVERSIZE if end - start > MAX_RECORD else _flags(buffer[start:end])
+    return path, cid, start, end, flags
+
+
+def _flags(record: bytes) -> int:
     try:
-        check_record(buffer[start:end], max_bytes=MAX_RECORD)
+        check_record(record, max_bytes=MAX_RECORD)
     except RecordInvalid:
-        return path, cid, start, end, INVALID
-    return path, cid, start, end, 0
+        return INVALID
+    return 0

@@ -267,11 +267,13 @@ def _verified_ops(frame: CommitFrame, signed: Signed, limits: VerifyLimits) -> t
     except MstError as error:
         row, reason = _TREE_FAULTS.get(error.reason, (16, "tree"))
         _reject(row, reason, error)
+    # Many operations may name one block, which is looked at once.
+    flags = {cid: _flags(content[cid], limits) for cid in {op.cid for op in ops} if cid is not None}
     return tuple(
         [
             (op.action, op.path, None, 0, 0, 0)
             if op.cid is None
-            else (op.action, op.path, op.cid, *spans[op.cid], _flags(content[op.cid], limits))
+            else (op.action, op.path, op.cid, *spans[op.cid], flags[op.cid])
             for op in ops
         ]
     )

@@ -328,3 +328,30 @@ def test_a_record_has_a_largest_size_and_depth() -> None:
     assert caught.value.reason == "record_size"
     dagcbor.check_record(block, max_bytes=len(block))
     dagcbor.check_record(nested(40), max_depth=40)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\x9a\x00\x02\x00\x01" + b"\x01" * 131_073,  # elements of one list
+        b"\x82" + 2 * (b"\x9a\x00\x01\x00\x00" + b"\xa0" * 65_536),  # maps in two lists
+        b"\x82\x9a\x00\x01\x86\xa0" + b"\x81\x80" * 100_000 + LINK,  # beside a link
+    ],
+    ids=["elements", "containers", "beside a link"],
+)
+def test_a_record_of_too_many_containers_is_refused_before_they_are_looked_at(
+    body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def expensive(*_arguments: object) -> None:
+        raise AssertionError("looked at")
+
+    monkeypatch.setattr(dagcbor, "_check_model", expensive)
+    monkeypatch.setattr(dagcbor, "_typed", expensive)
+    with pytest.raises(RecordInvalid) as caught:
+        dagcbor.check_record(b"\xa1\x61a" + body)
+    assert caught.value.reason == "record_containers"
+
+
+def test_a_record_of_as_many_containers_as_are_allowed() -> None:
+    dagcbor.check_record(b"\xa1\x61a\x9a\x00\x01\xff\xfe" + b"\xa0" * 131_070)
+    dagcbor.check_record(b"\xa1\x61a\x9a\x00\x02\x00\x00" + b"\x01" * 131_072)

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 
 from indexer.atproto.car import read_header, sections
+from indexer.atproto.dagcbor import check_record
 from indexer.backfill import spans, verify
 from indexer.backfill.apply import CarBlocks
 from indexer.backfill.verify import IndexEntry, Verified, read_index, table_path, verify_car
 from indexer.errors import CarError, FetchError, IndexerError, MissingBlock, SignatureInvalid
+from indexer.simulator.account import Write
 from indexer.simulator.corpus import CarInfo, build_car, write_car
+from indexer.simulator.wire import car as wire_car
 from indexer.simulator.wire import car_section
 from indexer.store.codecs import OVERSIZE
+from tests.ingest.forge import POST, Forge
 
 NODES = 100_000
 
@@ -168,3 +172,23 @@ def test_records_of_every_size_of_gap_are_read(tmp_path: Path) -> None:
             at = [chance.randrange(len(data) - 20) for _ in range(chance.randrange(1, 4))]
             entries: list[IndexEntry] = [(f"p{start}", b"", start, start + 9, 0) for start in at]
             assert blocks.read(entries) == [(f"p{start}", b"", data[start : start + 9], 0) for start in at]
+
+
+def test_a_record_under_many_keys_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million keys may share one block, whose check takes a part of a second."""
+    looked_at: list[int] = []
+
+    def spy(block: bytes, **limits: int) -> None:
+        looked_at.append(len(block))
+        check_record(block, **limits)
+
+    monkeypatch.setattr(verify, "check_record", spy)
+    forge = Forge()
+    value = {"$type": POST, "text": "x" * 2000}
+    forge.parts(*[Write("create", f"{POST}/3zzzzzzzzz{number:03d}", value) for number in range(150)])
+    account = forge.account
+    car = tmp_path / "a.car"
+    car.write_bytes(wire_car(account.commit_cid, account.blocks()))
+    found = verify_car(car, tmp_path / "a.index", account.did, forge.key, NODES, 1)
+    assert (found.records, found.flagged) == (150, 0)
+    assert len(looked_at) == 1

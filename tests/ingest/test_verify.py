@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from indexer.atproto.commit import decode_commit
+from indexer.atproto.dagcbor import check_record
 from indexer.atproto.mst import EMPTY_ROOT, key_layer
 from indexer.atproto.node import encode_node
+from indexer.ingest import verify
 from indexer.ingest.verify import Outcome, Verdict, VerifyLimits, verify_batch, verify_frame
 from indexer.simulator.account import Write
 from indexer.simulator.cbor import Link, block_cid, encode
@@ -331,6 +333,24 @@ def test_a_bad_record_is_flagged_and_its_commit_stands(value: dict[str, Any], fl
     verdict = verdict_on(forge, parts.encode())
     assert verdict.outcome is Outcome.OK
     assert [op[5] for op in verdict.ops] == [flags, 0]
+
+
+def test_a_record_under_many_paths_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 operations may share one block of a megabyte, and its check takes a part of a second."""
+    looked_at: list[bytes] = []
+
+    def spy(block: bytes, **limits: int) -> None:
+        looked_at.append(block)
+        check_record(block, **limits)
+
+    monkeypatch.setattr(verify, "check_record", spy)
+    forge = Forge()
+    forge.posts(3)
+    value = {"$type": POST, "n": 2**60}
+    writes = [Write("create", f"{POST}/3zzzzzzzzz{number:03d}", value) for number in range(200)]
+    verdict = verdict_on(forge, forge.parts(*writes).encode())
+    assert (verdict.outcome, [op[5] for op in verdict.ops]) == (Outcome.OK, [INVALID] * 200)
+    assert looked_at == [encode(value)]
 
 
 @pytest.mark.parametrize(
