@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from indexer.atproto.frames import CommitFrame, SyncFrame, decode_frame
+from indexer.atproto.syntax import tid_micros
 from indexer.atproto.types import Did, Handle, Rev, Seq
 from indexer.errors import FrameError, IdentityGone
 from indexer.identity.resolver import Identity
@@ -121,10 +122,20 @@ class Answers:
         if rev is not None and rev > row.rev and row.status.active and row.state is not SyncState.BACKFILLING:
             situation = Situation(tx.now_us, self._applier.ephemeral)
             if row.state is SyncState.SYNCED:
-                new = desynchronized(new, "compare_rev", situation)
+                new = self._awaited(desynchronized(new, "compare_rev", situation), rev, situation)
             elif not row.due and not situation.ephemeral:
                 new = new._replace(due=situation.now_us)
         self._applier.store(tx, did, row, new)
+
+    def _awaited(self, row: RepoRow, rev: Rev, situation: Situation) -> RepoRow:
+        """A rev in our future would be refused, and its repository fetched in vain: it is due when our clock,
+        or who sets it right, has come there."""
+        settings = self._tools.settings
+        at = tid_micros(rev) - int(settings.ingest.max_future * 1_000_000)
+        if situation.ephemeral or at <= situation.now_us:
+            return row
+        longest = situation.now_us + int(settings.backfill.retry_max * 1_000_000)
+        return row._replace(due=min(at, longest))
 
     def at_rest(self, tx: Transaction, did: Did, row: RepoRow, *, resolved: bool) -> RepoRow:
         """The row when nothing waits for the repository; ``resolved``: its identity is as of now."""

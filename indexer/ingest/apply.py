@@ -92,6 +92,8 @@ class Applier:
         if verdict is None or arrival.key != row.signing_key:
             self._tools.routes.forget(did)
             return self._unverified(tx, arrival, row)
+        if verdict.signed or verdict.ahead:
+            self._tools.clock_watch.note(did, ahead=verdict.ahead)
         if arrival.kind == SYNC and len(arrival.frame.blocks) > SYNC_BLOCKS_BYTES:
             tx.add_count(f"ingest/{arrival.source}/note/sync_blocks", 1)
         waiting = row.work != 0 and bool(row.work & Work.RESOLVE) and tx.buffer_size(did)[0] > 0

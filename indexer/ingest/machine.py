@@ -61,6 +61,8 @@ def decide(row: RepoRow, verdict: Verdict, situation: Situation) -> Decision:
     if verdict.outcome is Outcome.REJECT:
         if verdict.reason == "signature":
             return _unproven(row, "signature", situation)
+        if verdict.ahead:
+            return Decision(Act.REJECT, verdict.reason, _made_up_for(row, verdict))
         if not (verdict.signed and _unlinked(row, verdict)):
             return Decision(Act.REJECT, verdict.reason, row)
     if situation.waiting and not situation.draining:
@@ -121,6 +123,18 @@ def _unproven(row: RepoRow, reason: str, situation: Situation) -> Decision:
     if reason == "signature":  # newer than ours by its own word: ask the host once
         row = row._replace(work=row.work | Work.COMPARE_REV)
     return Decision(Act.REJECT, reason, row)
+
+
+def _made_up_for(row: RepoRow, verdict: Verdict) -> RepoRow:
+    """Row 7 refused what the account signed: when our clock is right again, nobody sends it anew.
+
+    So its host is asked for its rev; a repository that is being fetched has to be at least as new.
+    """
+    if row.state is SyncState.SYNCED:
+        return row._replace(work=row.work | Work.COMPARE_REV)
+    if row.state is SyncState.BACKFILLING:
+        return row._replace(min_rev=max(row.min_rev, verdict.rev))
+    return row  # a fetch is due
 
 
 def is_first_sight(row: RepoRow) -> bool:

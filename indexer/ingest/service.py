@@ -69,6 +69,7 @@ class Ingest:
         self._due = DueWork(tools, answers, self._drainer).queue
         self._handles = HandleWork(tools, answers).queue
         self._db = db
+        self._clock_watch = tools.clock_watch
         self.sources = Sources(tools, self.applier, self._http.resolver.addresses)
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
@@ -152,6 +153,11 @@ class Ingest:
     def status(self) -> list[dict[str, Any]]:
         """One entry for each upstream."""
         return self.sources.status()
+
+    @property
+    def clock_problem(self) -> str | None:
+        """Why our clock seems to be wrong; None while it does not."""
+        return self._clock_watch.problem
 
     @property
     def due(self) -> int:

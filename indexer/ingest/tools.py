@@ -17,6 +17,7 @@ from indexer.config import Settings
 from indexer.identity.http import HttpClient
 from indexer.identity.resolver import Resolver
 from indexer.ingest.bans import Bans
+from indexer.ingest.clock import ClockWatch
 from indexer.ingest.verify import VerifyLimits
 from indexer.pool import Pool
 from indexer.store.database import Database
@@ -72,6 +73,7 @@ class IngestTools:
     #: DIDs of which an `#identity` came in since their identity was last asked for.
     hints: set[Did] = field(default_factory=set)
     clock: Callable[[], float] = time
+    clock_watch: ClockWatch = field(default_factory=ClockWatch)
 
     def hint(self, did: Did) -> None:
         """Notes that an answer under way about ``did`` may be out of date."""

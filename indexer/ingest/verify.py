@@ -71,6 +71,7 @@ class Verdict(NamedTuple):
     data: Cid = b""
     commit: Span = (0, 0)
     ops: tuple[VerifiedOp, ...] = ()
+    ahead: bool = False  # row 7 alone refused it: its account signed it, so that a clock is wrong
 
     @property
     def signed(self) -> bool:
@@ -107,10 +108,16 @@ class Refusal(Exception):
     """Ends the checks of one frame; never leaves this module."""
 
     def __init__(
-        self, row: int, reason: str, message: str, outcome: Literal[Outcome.REJECT, Outcome.DESYNC]
+        self,
+        row: int,
+        reason: str,
+        message: str,
+        outcome: Literal[Outcome.REJECT, Outcome.DESYNC],
+        *,
+        ahead: bool = False,
     ) -> None:
         super().__init__(message)
-        self.row, self.reason, self.outcome = row, reason, outcome
+        self.row, self.reason, self.outcome, self.ahead = row, reason, outcome, ahead
 
 
 def verify_batch(items: Sequence[Item], limits: VerifyLimits) -> list[Verdict]:
@@ -136,6 +143,7 @@ def verify_commit(frame: CommitFrame, key: DidKey, limits: VerifyLimits) -> Verd
     data, span = b"", (0, 0)
     row, reason, message, outcome = 0, "", "", Outcome.OK
     ops: tuple[VerifiedOp, ...] = ()
+    ahead = False
     try:
         signed = _signed_commit(frame.repo, frame.rev, frame.commit, frame.blocks, key, limits)
         data, span = signed.commit.data, signed.span
@@ -143,9 +151,10 @@ def verify_commit(frame: CommitFrame, key: DidKey, limits: VerifyLimits) -> Verd
         ops = _verified_ops(frame, signed, limits)
     except Refusal as refusal:
         row, reason, message, outcome = refusal.row, refusal.reason, str(refusal), refusal.outcome
+        ahead = refusal.ahead
     return Verdict(
         outcome, row, reason, message, COMMIT, frame.repo, frame.rev, frame.since, frame.prev_data,
-        data, span, ops,
+        data, span, ops, ahead,
     )  # fmt: skip
 
 
@@ -154,7 +163,10 @@ def verify_sync(frame: SyncFrame, key: DidKey, limits: VerifyLimits) -> Verdict:
     try:
         signed = _signed_commit(frame.did, frame.rev, None, frame.blocks, key, limits)
     except Refusal as refusal:
-        return Verdict(refusal.outcome, refusal.row, refusal.reason, str(refusal), SYNC, frame.did, frame.rev)
+        return Verdict(
+            refusal.outcome, refusal.row, refusal.reason, str(refusal), SYNC, frame.did, frame.rev,
+            ahead=refusal.ahead,
+        )  # fmt: skip
     return Verdict(
         Outcome.OK, 0, "", "", SYNC, frame.did, frame.rev, data=signed.commit.data, commit=signed.span
     )
@@ -163,9 +175,26 @@ def verify_sync(frame: SyncFrame, key: DidKey, limits: VerifyLimits) -> Verdict:
 def _signed_commit(
     did: Did, rev: Rev, named: Cid | None, blocks: bytes, key: DidKey, limits: VerifyLimits
 ) -> Signed:
-    """Rows 7–12: the commit block, proven to be the account's. ``named``: the CID in the message."""
-    if rev > limits.max_rev:
-        _reject(7, "future_rev", f"rev {rev} lies in the future")
+    """Rows 7–12: the commit block, proven to be the account's. ``named``: the CID in the message.
+
+    Row 7 comes first, and yet the others are looked at: whether the account vouches for a rev in the
+    future decides whether somebody lies or a clock is wrong.
+    """
+    ahead = rev > limits.max_rev
+    try:
+        signed = _proven_commit(did, rev, named, blocks, key)
+    except Refusal:
+        if not ahead:
+            raise
+        signed = None
+    if signed is None or ahead:
+        message = f"rev {rev} lies in the future"
+        raise Refusal(7, "future_rev", message, Outcome.REJECT, ahead=signed is not None)
+    return signed
+
+
+def _proven_commit(did: Did, rev: Rev, named: Cid | None, blocks: bytes, key: DidKey) -> Signed:
+    """Rows 8–12."""
     root, spans, content = _read_blocks(blocks, named)
     if root is None or (named is not None and root != named):
         _reject(9, "root", "the first root of the CAR is not the commit that the message names")

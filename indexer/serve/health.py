@@ -58,6 +58,8 @@ def not_ready(services: Services) -> list[str]:
     reasons += [
         f"{name}: {pool.problem}" for name, pool in pools.items() if pool is not None and pool.problem
     ]
+    if services.ingest is not None and (problem := services.ingest.clock_problem):
+        reasons.append(f"clock: {problem}")
     return reasons + _unconnected(services)
 
 

@@ -41,6 +41,9 @@ class IngestLike(Protocol):
     @property
     def sources(self) -> Sources: ...
 
+    @property
+    def clock_problem(self) -> str | None: ...
+
 
 class BackfillLike(Protocol):
     """The fetching side."""

@@ -192,6 +192,10 @@ class _Ingest:
     def sources(self) -> Sources:
         raise AssertionError("nobody asks for them")
 
+    @property
+    def clock_problem(self) -> str | None:
+        return None
+
     def set_filters(self, filters: Filters, /) -> None:
         self.filters.append(filters)
 
