@@ -21,6 +21,7 @@ import cbor2
 from libipld import decode_dag_cbor, decode_dag_cbor_multi, encode_dag_cbor
 
 from indexer.atproto.frame_fields import DATA_PREFIX, MAX_SEQ, find_fault, is_seq, shown
+from indexer.atproto.heads import has_more_items
 from indexer.atproto.syntax import DATETIME_RE, DID_RE, MAX_DID, RKEY_RE, TID_RE, is_datetime, is_did, is_nsid
 from indexer.atproto.types import Cid, Did, Path, Rev, Seq
 from indexer.errors import FrameError
@@ -30,6 +31,8 @@ MAX_BLOCKS_BYTES = 2_000_000
 MAX_OPS = 200
 #: All of a frame but its ``blocks``: 200 operations with paths of 830 bytes and two links are 190 KB.
 MAX_FIELDS_BYTES = 256 << 10
+#: Most CBOR items of a frame: 200 operations are 1,800, the other fields 40, `blobs` one for each.
+MAX_ITEMS = 4096
 
 
 class FrameOp(NamedTuple):
@@ -121,6 +124,8 @@ _COMMIT_HEADER_LEN = len(_COMMIT_HEADER)
 #: Key and head of `blocks` of 64 KiB to 16 MiB. No field before it can hold a zero byte.
 _LONG_BLOCKS = b"\x66blocks\x5a\x00"
 _LONG = 1 << 16
+#: Frames up to this size are decoded with their items uncounted.
+_UNCOUNTED = 16 << 10
 _STAND_IN = token_bytes(16)  # nobody else knows it
 
 _LINKS = (DATA_PREFIX, b"\x01\x55\x12\x20")  # a record's may also be raw
@@ -136,12 +141,14 @@ def decode_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> Frame:
 
     Raises `FrameError`: ``fatal`` when the connection cannot be trusted any more (row 0: size, CBOR,
     canonical form, framing); otherwise only this message is bad (rows 1 and 2), with ``reason``
-    ``fields``, ``blocks_size`` or ``ops_count``. What it costs is bounded by `MAX_FIELDS_BYTES`.
+    ``fields``, ``blocks_size`` or ``ops_count``. `MAX_FIELDS_BYTES` and `MAX_ITEMS` bound what it costs.
     """
     if len(data) > max_bytes:
         raise FrameError(f"a frame of {len(data)} bytes; the limit is {max_bytes}")
     if len(data) > MAX_FIELDS_BYTES + _LONG:
         return _decode_long(data)
+    if len(data) > _UNCOUNTED:
+        _check_items(data)
     if data[:_COMMIT_HEADER_LEN] == _COMMIT_HEADER:
         body = data[_COMMIT_HEADER_LEN:]
         try:
@@ -152,6 +159,11 @@ def decode_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> Frame:
         if canonical and type(payload) is dict:
             return _commit(payload)
     return _decode_any(data)
+
+
+def _check_items(data: bytes) -> None:
+    if has_more_items(data, MAX_ITEMS):
+        raise FrameError(f"a frame of more than {MAX_ITEMS} CBOR items", reason="fields", fatal=False)
 
 
 def _decode_long(data: bytes) -> Frame:
@@ -167,7 +179,9 @@ def _decode_long(data: bytes) -> Frame:
     if size < _LONG or rest < start or rest > MAX_FIELDS_BYTES:
         text = f"a frame of {len(data)} bytes, of which more than {MAX_FIELDS_BYTES} are not 'blocks'"
         raise FrameError(text, reason="fields", fatal=False)
-    return _decode_any(data[:head] + b"\x50" + _STAND_IN + data[start + size :], data[start : start + size])
+    short = data[:head] + b"\x50" + _STAND_IN + data[start + size :]
+    _check_items(short)
+    return _decode_any(short, data[start : start + size])
 
 
 def _decode_any(data: bytes, blocks: bytes | None = None) -> Frame:
@@ -210,8 +224,9 @@ def _decode_exactly(data: bytes, header: object) -> list[Any]:
 
     libipld cannot tell a byte string from a link, so a re-encoding that differs means either a frame
     that is not canonical (refused here) or a byte string that looks like a CID, which is legal in a
-    field that we do not know and a wrong type where a link belongs.
+    field that we do not know and a wrong type where a link belongs. Items cost ten times as much here.
     """
+    _check_items(data)
     head = encode_dag_cbor(header)
     body = data[len(head) :]
     payload = cbor2.loads(body)

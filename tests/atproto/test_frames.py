@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cbor2
@@ -343,7 +344,8 @@ LONG_LIST = "a list goes here"
 def with_long_list(data: bytes, items: int) -> bytes:
     """A frame whose `LONG_LIST` text is a list of so many empty maps (the reference encoder is slow)."""
     text = bytes([0x60 + len(LONG_LIST)]) + LONG_LIST.encode()
-    return data.replace(text, b"\x9a" + items.to_bytes(4, "big") + b"\xa0" * items)
+    head = b"\x99" + items.to_bytes(2, "big") if items < 1 << 16 else b"\x9a" + items.to_bytes(4, "big")
+    return data.replace(text, head + b"\xa0" * items)
 
 
 @pytest.mark.parametrize("name", ["#commit", "#sync", "#identity", "#account", "#info", "#brandnew"])
@@ -360,6 +362,53 @@ def test_a_frame_of_anything_but_blocks_is_refused_undecoded(
     with pytest.raises(FrameError, match="not 'blocks'") as raised:
         decode_frame(data)
     assert (raised.value.fatal, raised.value.reason) == (False, "fields")
+
+
+@pytest.mark.parametrize("name", ["#commit", "#identity", "#brandnew"])
+@pytest.mark.parametrize("size", [17_000, 300_000])
+def test_a_frame_of_many_items_is_refused_undecoded(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: bytes) -> None:
+        raise AssertionError("it was decoded")
+
+    build: Callable[..., dict[str, Any]] = BUILDERS.get(name, identity)
+    data = with_long_list(message(name, {**build(), "x": LONG_LIST}), size)
+    monkeypatch.setattr(frames, "decode_dag_cbor", refused)
+    monkeypatch.setattr(frames, "decode_dag_cbor_multi", refused)
+    with pytest.raises(FrameError, match="4096 CBOR items") as raised:
+        decode_frame(data)
+    assert (raised.value.fatal, raised.value.reason) == (False, "fields")
+
+
+def test_the_items_of_a_long_frame_are_counted_too() -> None:
+    data = with_long_list(message("#commit", commit(blocks=b":" * 1_500_000, x=LONG_LIST)), 5000)
+    with pytest.raises(FrameError, match="4096 CBOR items"):
+        decode_frame(data)
+
+
+@pytest.mark.parametrize("items", [4000, 5000])
+def test_the_slow_way_is_only_taken_for_few_items(items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that look like a CID in an unknown field lead there, at ten times the cost of an item."""
+    taken: list[int] = []
+
+    def loads(data: bytes) -> Any:
+        taken.append(len(data))
+        return cbor2.loads(data)
+
+    monkeypatch.setattr(frames, "cbor2", SimpleNamespace(
+        loads=loads, dumps=cbor2.dumps, CBORTag=cbor2.CBORTag
+    ))  # fmt: skip
+    fake = "a CID, nearly: thirty-six characters"
+    data = with_long_list(message("#identity", identity(x=LONG_LIST, y=fake)), items)
+    data = data.replace(b"\x78\x24" + fake.encode(), b"\x58\x24" + CID)
+    if items > frames.MAX_ITEMS:
+        with pytest.raises(FrameError, match="4096 CBOR items"):
+            decode_frame(data)
+        assert not taken
+    else:
+        assert isinstance(decode_frame(data), IdentityFrame)
+        assert taken
 
 
 def test_a_text_that_pretends_to_be_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,7 +492,7 @@ SYNC = message("#sync", sync())
         HEAD + b"\xa1\x61a\xc0\x60",  # a tag other than 42
         HEAD + b"\xa1\x61a\xf9\x00\x00",  # a half-precision float
         HEAD + b"\xa1\x61a\x62\xff\xff",  # not UTF-8
-        HEAD + b"\xa1\x61a" + b"\x81" * 20_000 + b"\x00",
+        HEAD + b"\xa1\x61a" + b"\x81" * 5_000 + b"\x00",
         b"\xa2\x62op\x01\x61tg#commit" + GOOD[len(HEAD) :],  # a header out of order
     ],
 )
