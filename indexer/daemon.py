@@ -41,7 +41,7 @@ from indexer.store.database import Database
 from indexer.store.events import EventLog
 from indexer.store.gc import BlocksGcWorker
 from indexer.store.refcounts import CheckpointWorker
-from indexer.store.restore import expect_whole
+from indexer.store.restore import expect_own
 from indexer.store.retention import RetentionWorker
 from indexer.store.writer import Writer
 
@@ -146,7 +146,7 @@ class Daemon:
     def _open_store(self) -> None:
         settings = self.settings
         mode = Mode(ephemeral=settings.ephemeral.enabled, blocks=settings.store.blocks)
-        expect_whole(settings.data_dir)
+        expect_own(settings.data_dir)
         self.db = Database.open(settings.data_dir / "db", memory_mib=settings.memory_mib, mode=mode)
         self._stack.callback(self.db.close)
         remove_staging(settings.data_dir)

@@ -52,18 +52,25 @@ def _nothing(_point: str) -> None:
 
 
 class FsBlobStore:
-    """A `BlobStore` in the folder ``root``. Opening one creates nothing and may be done any number of times.
+    """A `BlobStore` in the folder ``root``. Opening one creates nothing and may be done any number of times;
+    with ``tidy`` it removes temporary files that nobody writes any more.
 
     ``crash_point`` is called with "before rename" and "after rename", for tests that kill the process.
     """
 
     def __init__(
-        self, root: Path, *, level: int = ZSTD_LEVEL, crash_point: Callable[[str], None] = _nothing
+        self,
+        root: Path,
+        *,
+        level: int = ZSTD_LEVEL,
+        tidy: bool = True,
+        crash_point: Callable[[str], None] = _nothing,
     ) -> None:
         self._folder = root / "blobs" / "sha256"
         self._level = level
         self._at = crash_point
-        self._remove_stale()
+        if tidy:
+            self._remove_stale()
 
     # ---- in
 

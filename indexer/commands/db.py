@@ -34,9 +34,9 @@ from indexer.store.migration import Migrated
 from indexer.store.migration import migrate as migrate_store
 from indexer.store.repair import Repaired
 from indexer.store.repair import repair as repair_store
-from indexer.store.restore import expect_whole
+from indexer.store.restore import expect_own, expect_whole
 from indexer.store.restore import restore as restore_backup
-from indexer.store.upkeep import compact_all, describe, identity
+from indexer.store.upkeep import compact_all, damage, describe, identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +54,28 @@ class Place:
     def opened(self, *, any_format: bool = False) -> Database:
         """The database, in whatever mode it was made. Raises `StoreLocked` while a daemon holds it."""
         path, memory_mib = self.path, self.settings.memory_mib
-        expect_whole(self.data_dir)
+        expect_own(self.data_dir)
         if any_format:
             return Database.open_unchecked(path, memory_mib=memory_mib)
         return Database.open(path, memory_mib=memory_mib, create=False)
+
+    def looked_at(self) -> Database:
+        """As `opened`, for reading: nothing in the folder changes, which may be a backup, and its disk full
+        or read-only."""
+        expect_whole(self.data_dir)
+        return Database.open(self.path, memory_mib=self.settings.memory_mib, create=False, read_only=True)
 
     def here_or_there(
         self,
         here: Callable[[Database], dict[str, Any]],
         there: Callable[[Daemon], Awaitable[dict[str, Any]]],
         *,
-        any_format: bool = False,
+        open_: Callable[[], Database] | None = None,
     ) -> dict[str, Any]:
-        """``here`` on the database, or ``there`` with the daemon that holds it."""
+        """``here`` on the database, to look at or as ``open_`` opens it, or ``there`` with the daemon that
+        holds it."""
         try:
-            with self.opened(any_format=any_format) as db:
+            with (open_ or self.looked_at)() as db:
                 return here(db)
         except StoreLocked:
             try:
@@ -181,7 +188,9 @@ def compact(place: Place, raw: bool) -> None:
             compact_all(db, tell)
         return {"before": before, "after": describe(db)["totals"]}
 
-    answer = place.here_or_there(here, lambda daemon: daemon.manage("POST", "/db/compact", patient=True))
+    answer = place.here_or_there(
+        here, lambda daemon: daemon.manage("POST", "/db/compact", patient=True), open_=place.opened
+    )
     if raw:
         click.echo(json.dumps(answer))
     else:
@@ -200,17 +209,21 @@ def compact(place: Place, raw: bool) -> None:
 def check(place: Place, did: str | None, repair: bool, raw: bool) -> None:
     """Verify every guarantee of the store; exit code 1 when one is broken.
 
-    Blocks exist and hash, references and totals equal a recount, the log and the queues are in order,
-    archived files are whole. Stop the daemon first.
+    Every file can be read, blocks exist and hash, references and totals equal a recount, the log and the
+    queues are in order, archived files are whole. Without --repair nothing is changed, so it may look at a
+    backup. Stop the daemon first.
     """
     did = None if did is None else check_did(did)
     repaired: Repaired | None = None
-    with place.opened() as db, bar("checking") as tell:
-        report = _checked(place, db, did, tell)
+    if repair:
+        expect_own(place.data_dir)
+    with bar("checking") as tell:
+        report = _looked_through(place, did, tell)
         if repair and report.repairable:
             tell("repairing", 0, 0)
-            repaired = asyncio.run(repair_store(db, place.settings, did))
-            report = _checked(place, db, did, tell)
+            with place.opened() as db:
+                repaired = asyncio.run(repair_store(db, place.settings, did))
+            report = _looked_through(place, did, tell)
     if raw:
         mended = None if repaired is None else repaired._asdict()
         click.echo(json.dumps({**report._asdict(), "repaired": mended}))
@@ -223,9 +236,17 @@ def check(place: Place, did: str | None, repair: bool, raw: bool) -> None:
         raise SystemExit(1)
 
 
+def _looked_through(place: Place, did: str | None, tell: Tell) -> Report:
+    """The check of what can be read; where not everything can, there is nothing to count. One repository is
+    looked at without reading all others."""
+    with place.looked_at() as db:
+        damaged = [str(error) for error in damage(db, tell)] if did is None else []
+        return Report(damaged, 0, 0, 0, 0) if damaged else _checked(place, db, did, tell)
+
+
 def _checked(place: Place, db: Database, did: str | None, tell: Tell) -> Report:
     report = check_store(db, did, progress=lambda done, total: tell("checking", done, total))
-    blobs, what = FsBlobStore(place.data_dir / "cas"), "checking archived files"
+    blobs, what = FsBlobStore(place.data_dir / "cas", tidy=False), "checking archived files"
     tell(what, 0, 0)
     report.problems.extend(check_archives(db, blobs, did, progress=partial(tell, what)))
     return report
@@ -263,7 +284,8 @@ def backup(place: Place, dest: Path, raw: bool) -> None:
     def there(daemon: Daemon) -> Awaitable[dict[str, Any]]:
         return daemon.manage("POST", "/db/backup", {"to": str(target)}, patient=True)
 
-    made = place.here_or_there(here, there, any_format=True)  # it is made before a migration, too
+    any_format = partial(place.opened, any_format=True)  # it is made before a migration, too
+    made = place.here_or_there(here, there, open_=any_format)
     if raw:
         click.echo(json.dumps(made))
     else:
@@ -296,7 +318,7 @@ def restore(place: Place, src: Path, no_verify: bool, raw: bool) -> None:
 def migrate(place: Place, raw: bool) -> None:
     """Bring the database to this program's format; make a backup before. Goes on where a kill left it."""
     with bar("migrating") as tell:
-        expect_whole(place.data_dir)
+        expect_own(place.data_dir)
         done = migrate_store(place.path, memory_mib=place.settings.memory_mib, progress=tell)
     if raw:
         click.echo(json.dumps(done._asdict()))

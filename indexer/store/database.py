@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path as FilePath
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeVar
@@ -31,6 +31,7 @@ from indexer.store.keyspaces import (
     Keyspace,
 )
 from indexer.store.reads import Reads, Snapshot, decode, scan_keys, scan_rows
+from indexer.store.view import View, forget_writer, note_writer
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -46,18 +47,24 @@ class FormatVersion(NamedTuple):
     oldest_reader: int  # the oldest program format that may read it
 
 
+class _Opened(NamedTuple):
+    rocks: Any
+    give_back: Callable[[], None]  # to be called when it is closed
+
+
 class Database(Reads):
     """An open database; `open` it, `close` it."""
 
     __slots__ = (
-        "_busy", "_calls", "_closed", "_families", "_rocks", "_shared", "_write_failed", "handles", "mode",
-        "path",
+        "_busy", "_calls", "_closed", "_families", "_give_back", "_rocks", "_shared", "_write_failed",
+        "handles", "mode", "path",
     )  # fmt: skip
 
-    def __init__(self, path: FilePath, mode: Mode, rocks_db: Any, shared: rocks.Budget) -> None:
+    def __init__(self, path: FilePath, mode: Mode, opened: _Opened, shared: rocks.Budget) -> None:
         self.path = path
         self.mode = mode
-        self._rocks = rocks_db
+        rocks_db = self._rocks = opened.rocks
+        self._give_back = opened.give_back
         self._shared = shared
         self._families = {name: rocks_db.get_column_family(name) for name in KEYSPACES}
         #: Column family handles for write batches; the writer's business.
@@ -78,6 +85,7 @@ class Database(Reads):
         read_only: bool = False,
     ) -> Database:
         """Open or create the database in folder ``path``; ``mode=None`` takes the remembered one.
+        ``read_only`` changes nothing in the folder, which need not be writable.
 
         Raises `StoreLocked`, `StoreCorrupt`, `StoreVersion`, `StoreModeMismatch`, `StoreFull`.
         """
@@ -294,6 +302,7 @@ class Database(Reads):
         self._families.clear()
         self.handles.clear()
         gc.collect(0)  # a forgotten iterator in a young cycle would keep the LOCK
+        self._give_back()
         # After giving up nothing is flushed: the log has it all. After a failed write its error is the one
         # to tell, and closing repeats it in other words.
         if failed is not None and not given_up and not self._write_failed:
@@ -324,17 +333,28 @@ def format_version(db: Database) -> FormatVersion | None:
     return FormatVersion(*version)
 
 
-def _open_rocks(path: FilePath, shared: rocks.Budget, create: bool, read_only: bool) -> Any:
+def _open_rocks(path: FilePath, shared: rocks.Budget, create: bool, read_only: bool) -> _Opened:
     exists = (path / "CURRENT").exists()
     if not exists and (read_only or not create):
         raise StoreCorrupt(f"{path}: no database there")
-    with rocks.translated(f"opening {path}"):
-        path.mkdir(parents=True, exist_ok=True)
-        existing = rocksdict.Rdict.list_cf(str(path)) if exists else []
-        access = rocksdict.AccessType.read_only(False) if read_only else rocksdict.AccessType.read_write()
-        return rocksdict.Rdict(
-            str(path),
-            rocks.database_options(shared, create=create),
-            column_families=rocks.all_families(shared, existing, create=create),
-            access_type=access,
-        )
+    with ExitStack() as undo, rocks.translated(f"opening {path}"):
+        if read_only:
+            view = View(path)
+            undo.callback(view.close)
+            opened = _rocks_in(view.folder, shared, create=False, read_only=True)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            opened = _rocks_in(path, shared, create=create, read_only=False)
+            undo.callback(forget_writer, note_writer(path))
+        return _Opened(opened, undo.pop_all().close)
+
+
+def _rocks_in(folder: FilePath, shared: rocks.Budget, *, create: bool, read_only: bool) -> Any:
+    existing = rocksdict.Rdict.list_cf(str(folder)) if (folder / "CURRENT").exists() else []
+    access = rocksdict.AccessType.read_only(False) if read_only else rocksdict.AccessType.read_write()
+    return rocksdict.Rdict(
+        str(folder),
+        rocks.database_options(shared, create=create),
+        column_families=rocks.all_families(shared, existing, create=create),
+        access_type=access,
+    )

@@ -104,6 +104,17 @@ def expect_whole(data_dir: FilePath) -> None:
     )
 
 
+def expect_own(data_dir: FilePath) -> None:
+    """Raises `StoreError` unless ``data_dir`` may be written to: it is no backup, which would be none any
+    more, and whole."""
+    if (data_dir / MANIFEST).exists():
+        raise StoreError(
+            f"{data_dir} is a backup ({MANIFEST} is there) and stays as it is; make a data_dir of it with "
+            "`indexer db restore`"
+        )
+    expect_whole(data_dir)
+
+
 def _expect_apart(source: FilePath, data_dir: FilePath) -> None:
     if lies_in(data_dir, source):
         raise StoreError(f"{data_dir} lies in the backup {source}; restore into another folder")

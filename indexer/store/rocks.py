@@ -17,6 +17,7 @@ import rocksdict
 
 from indexer.errors import StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreLocked
 from indexer.store.keyspaces import KEYSPACES, Tuning
+from indexer.store.view import by_own_name
 
 MIB: Final = 1 << 20
 _WAL_LIMIT: Final = 128 * MIB
@@ -124,7 +125,7 @@ def _open_files() -> int:
 def translate(error: Exception, what: str) -> StoreError:
     """Our error for one of RocksDB's. Its text begins with the status, at times twice, and may have several
     lines; paths in it may hold any word."""
-    text = " ".join(str(error).split())
+    text = by_own_name(" ".join(str(error).split()))
     full = isinstance(error, OSError) and error.errno in _FULL
     if full or text.startswith("IO error: No space left") or text.endswith(": No space left on device"):
         return StoreFull(f"{what}: the disk is full; free some space and start again ({text})")

@@ -6,7 +6,7 @@ All of it blocks; the daemon calls it in a thread. Any thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
 from typing import Any, Final
 
@@ -46,8 +46,11 @@ def describe(db: Database) -> dict[str, Any]:
 
 def identity(path: FilePath) -> str:
     """Tells the database in folder ``path`` from every other one, its own copies included, also where the
-    folder has another name, as in a container: RocksDB's id of it, and the number of the locked file."""
+    folder has another name, as in a container: RocksDB's id of it, and the number of the locked file. A
+    backup was never opened, so it has neither: it is told by its CURRENT."""
     try:
+        if not (path / "LOCK").exists():
+            return f"-/{(path / 'CURRENT').stat().st_ino}"
         return f"{(path / 'IDENTITY').read_text().strip()}/{(path / 'LOCK').stat().st_ino}"
     except OSError as error:
         raise StoreError(f"{path}: cannot tell which database this is: {error.strerror}") from error
@@ -56,19 +59,39 @@ def identity(path: FilePath) -> str:
 def read_through(db: Database, step: Callable[[str, int, int], None]) -> None:
     """Read every row once: RocksDB checks each block that it reads. Raises `StoreCorrupt`
     with the file at fault. ``step("reading <keyspace>", rows, of about)`` is called now and then."""
-    options = rocksdict.ReadOptions()
-    options.set_readahead_size(_READAHEAD)
+    for error in damage(db, step):
+        raise error
+
+
+def damage(db: Database, step: Callable[[str, int, int], None]) -> Iterator[StoreError]:
+    """As `read_through`, of all keyspaces: what ended the reading of those that cannot be read to the end."""
     done, total = 0, sum(row["rows"] for row in db.stats().values())
     for name in KEYSPACES:
-        with rocks.translated(f"reading {name}"):
-            cursor = db.family(name).iter(options)
+        try:
+            for rows in _read(db, name):
+                done += rows
+                step(f"reading {name}", done, max(done, total))
+        except StoreError as error:
+            yield error
+
+
+def _read(db: Database, name: str) -> Iterator[int]:
+    """Reads a keyspace; the rows, so many at a time."""
+    options = rocksdict.ReadOptions()
+    options.set_readahead_size(_READAHEAD)
+    with rocks.translated(f"reading {name}"):
+        cursor = db.family(name).iter(options)
+        try:
             cursor.seek_to_first()
+            rows = 0
             while cursor.valid():
                 cursor.next()
-                done += 1
-                if not done % _ROWS_A_STEP:
-                    step(f"reading {name}", done, max(done, total))
+                rows += 1
+                if not rows % _ROWS_A_STEP:
+                    yield _ROWS_A_STEP
             cursor.status()
+        finally:
+            del cursor  # the error's traceback would keep the database open
 
 
 def compact_all(db: Database, step: Callable[[str, int, int], None] | None = None) -> None:

@@ -45,7 +45,8 @@ def test_an_open_database_is_locked(tmp_path: Path) -> None:
     with Database.open(tmp_path / "db"):
         with pytest.raises(StoreLocked, match="stop it first"):
             Database.open(tmp_path / "db")
-        Database.open(tmp_path / "db", read_only=True).close()
+        with pytest.raises(StoreLocked, match="stop it first"):
+            Database.open(tmp_path / "db", read_only=True)
 
 
 def test_closing_gives_the_lock_back_even_with_an_open_iterator(tmp_path: Path) -> None:
