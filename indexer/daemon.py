@@ -98,7 +98,8 @@ class Daemon:
         self._open_store()
         self._stack.push_async_callback(self.writer.stop)
         self._spawn("writer", self._until_writer_closes)
-        verifiers, workers = Pool(settings.verifiers), Pool(settings.backfill.processes)
+        verifiers = Pool(settings.verifiers, settings.ingest.verify_timeout)
+        workers = Pool(settings.backfill.processes, settings.backfill.verify_timeout)
         self._on_stop(verifiers.stop)
         self._on_stop(workers.stop)
         limits = settings.backfill

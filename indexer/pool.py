@@ -1,8 +1,9 @@
 """A pool of worker processes for pure CPU work: verification, tree building.
 
-Owns the processes' lives: they start on first use, die with their parent (also when it is killed),
-are replaced when one dies, and ignore the terminal's Ctrl-C so that the daemon can drain. Leaves out
-ordering: callers await their results in the order they want. Called from the event loop only.
+Owns the processes' lives: they start on first use, die with their parent (also when it is killed) and of
+a job that takes too long, are replaced when one dies, and ignore the terminal's Ctrl-C so that the daemon
+can drain. Leaves out ordering: callers await their results in the order they want. Called from the event
+loop only.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ T = TypeVar("T")
 
 
 class Pool:
-    """``workers`` processes; with 0 the same functions run on a thread of this process."""
+    """``workers`` processes; with 0 the same functions run on a thread of this process.
 
-    def __init__(self, workers: int) -> None:
+    A job may take ``job_timeout`` seconds in its process, which dies of it otherwise; None is no limit, and
+    a thread has none.
+    """
+
+    def __init__(self, workers: int, job_timeout: float | None = None) -> None:
         self.workers = workers
+        self._job_timeout = job_timeout or 0.0
         #: Times the processes had to be replaced because one of them died.
         self.restarts = 0
         #: Whether the last call ended by the death of its process, twice.
@@ -53,7 +59,7 @@ class Pool:
             return await asyncio.to_thread(function, *args, **kwargs)
         executor = self._live()
         try:
-            result = await asyncio.wrap_future(executor.submit(function, *args, **kwargs))
+            result = await self._submitted(executor, function, *args, **kwargs)
         except BrokenProcessPool:
             self._replace(executor)
         else:
@@ -67,15 +73,27 @@ class Pool:
             if self._stopped:
                 raise WorkerDied("the pool of worker processes is stopped")
             self._suspect = executor = _executor(1)
+            began = time.monotonic()
             try:
-                return await asyncio.wrap_future(executor.submit(function, *args, **kwargs))
+                return await self._submitted(executor, function, *args, **kwargs)
             except BrokenProcessPool as error:
                 self.failing = True
-                name = getattr(function, "__qualname__", repr(function))
-                raise WorkerDied(f"a worker process died twice while it ran {name}") from error
+                raise WorkerDied(self._obituary(function, time.monotonic() - began)) from error
             finally:
                 self._suspect = None
                 executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _submitted(
+        self, executor: ProcessPoolExecutor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        future = executor.submit(_timed, self._job_timeout, function, *args, **kwargs)
+        return await asyncio.wrap_future(future)
+
+    def _obituary(self, function: Callable[..., object], seconds: float) -> str:
+        name = getattr(function, "__qualname__", repr(function))
+        if self._job_timeout and seconds >= self._job_timeout:
+            return f"a worker process took longer than {self._job_timeout:g} s for {name}, twice"
+        return f"a worker process died twice while it ran {name}"
 
     async def warm(self) -> None:
         """Starts every process now, so that the first work does not wait for imports."""
@@ -140,6 +158,15 @@ def _end(executor: ProcessPoolExecutor) -> None:
     executor.shutdown(wait=True)
 
 
+def _timed(limit_s: float, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs in a worker: the kernel ends the process at ``limit_s`` (0: never), whatever it is busy with."""
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def _nothing() -> None:
     """Work that only makes a process start."""
 
@@ -147,6 +174,7 @@ def _nothing() -> None:
 def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, name="exit-with-parent", daemon=True).start()
 
 

@@ -165,6 +165,9 @@ class DiskSettings(Section):
 class IngestSettings(Section):
     max_frame_bytes: int = Field(5_000_000, ge=65536, description="largest frame, in bytes")
     batch_frames: int = Field(64, ge=1, description="frames handed to a verifier at once")
+    verify_timeout: Duration = Field(
+        20.0, gt=0, description="longest time that a verifier process may take for one batch"
+    )
     inflight_batches: int = Field(8, ge=1, description="batches under verification for a source")
     inflight_mib: int = Field(64, ge=1, description="bytes of frames under verification for a source")
     receive_timeout: Duration = Field(
@@ -195,6 +198,9 @@ class BackfillSettings(Section):
     concurrency: int = Field(8, ge=1, description="repositories fetched at one time")
     per_host: int = Field(4, ge=1, description="fetches at one time from one host")
     processes: int = Field(1, ge=0, le=64, description="processes that verify repositories and rebuild trees")
+    verify_timeout: Duration = Field(
+        600.0, gt=0, description="longest time that such a process may take for one repository"
+    )
     source: Literal["pds", "relay"] = Field("pds", description="where getRepo is asked first")
     max_car_mib: int = Field(2048, ge=1, description="largest repository CAR")
     max_nodes: int = Field(5_000_000, ge=1, description="most tree nodes and records of one repository")

@@ -81,6 +81,21 @@ async def test_a_death_beside_it_does_not_fail_innocent_work() -> None:
     await pool.stop()
 
 
+async def test_a_job_that_takes_too_long_ends_its_process() -> None:
+    pool = Pool(1, 0.4)
+    await pool.warm()
+    late, prompt = await asyncio.gather(
+        pool.run(_sleep_and_return, 60), pool.run(_pid_plus, 1), return_exceptions=True
+    )
+    assert isinstance(late, WorkerDied)
+    assert str(late) == "a worker process took longer than 0.4 s for _sleep_and_return, twice"
+    assert isinstance(prompt, tuple)
+    assert prompt[1] == 2
+    # A job's time begins with the job, and ends with it.
+    assert await pool.run(_sleep_and_return, 0.25) == await pool.run(_sleep_and_return, 0.25)
+    await pool.stop()
+
+
 async def test_a_stop_does_not_wait_for_long_work() -> None:
     pool = Pool(1)
     await pool.warm()
