@@ -22,12 +22,12 @@ LANES = ["relay0", "relay1", "pds0"]
 
 
 @pytest.mark.slow
-@pytest.mark.limit(150)
+@pytest.mark.limit(300)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_lies_faults_and_kills_cost_time_but_never_correctness(seed: int, tmp_path: Path) -> None:
     report = run_seed(Options(seed, seconds=4), tmp_path)
     assert report.faults == []
-    assert report.figures["kills"] > 4
+    assert report.figures["kills"] >= 4
     assert report.figures["refusals"]["never"] in ([], ["frame_stuck"], ["account_foreign", "frame_stuck"])
 
 
