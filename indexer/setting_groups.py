@@ -183,7 +183,13 @@ class IngestSettings(Section):
     )
     buffer_frames_per_repo: int = Field(1000, ge=1, description="frames that wait for one repository")
     buffer_kib_per_repo: int = Field(16384, ge=1, description="KiB that wait for one repository")
-    buffer_mib: int = Field(1024, ge=1, description="MiB of waiting frames in total")
+    buffer_mib: int = Field(1024, ge=1, description="MiB of waiting frames in total, unproven ones aside")
+    unproven_frames_per_repo: int = Field(
+        250, ge=1, description="frames that wait for one repository without a signature that is known to hold"
+    )
+    unproven_mib: int = Field(
+        128, ge=1, description="MiB of such frames in total; at the limit who has most of them loses them"
+    )
     max_future: Duration = Field(300.0, description="how far a rev may lie in the future")
     first_sight_wait: Duration = Field(
         5.0, description="how long a new account's first commit is awaited before its repository is fetched"

@@ -28,7 +28,10 @@ T = TypeVar("T")
 
 
 class Identity(NamedTuple):
-    """What a DID document says today. ``handle`` is a claim (empty when there is none)."""
+    """What a DID document says today. ``handle`` is a claim (empty when there is none).
+
+    ``fetched_at`` is when it was asked for: the answer holds for whatever came in before that.
+    """
 
     did: Did
     handle: Handle
@@ -100,15 +103,14 @@ class Resolver:
             raise IdentityGone(f"{did}: its DID document has no usable #atproto key")
         if document.pds is None:
             raise IdentityGone(f"{did}: its DID document has no usable #atproto_pds")
-        return Identity(
-            did, document.handle or "", document.signing_key, document.pds, int(time() * 1_000_000)
-        )
+        return Identity(did, document.handle or "", document.signing_key, document.pds, asked_at)
 
 
 class _Flights(Generic[T]):
     """A cache in front of ``fetch`` in which one request serves everybody who asks meanwhile."""
 
     def __init__(
+        asked_at = int(time() * 1_000_000)
         self,
         fetch: Callable[[str], Awaitable[T]],
         limits: IdentitySettings,

@@ -116,10 +116,10 @@ class Answers:
     def compared(self, tx: Transaction, did: Did, rev: Rev | None) -> None:
         """The host told its rev (None: it did not); newer than ours means that we missed something."""
         row = tx.repo(did)
-        if row is None:
+        if row is None or row.state is SyncState.BACKFILLING:  # asked again once it is fetched
             return
         new = row._replace(work=row.work & ~Work.COMPARE_REV)
-        if rev is not None and rev > row.rev and row.status.active and row.state is not SyncState.BACKFILLING:
+        if rev is not None and rev > row.rev and row.status.active:
             situation = Situation(tx.now_us, self._applier.ephemeral)
             if row.state is SyncState.SYNCED:
                 new = self._awaited(desynchronized(new, "compare_rev", situation), rev, situation)
@@ -146,10 +146,10 @@ class Answers:
 
     def _with_identity(self, tx: Transaction, did: Did, row: RepoRow, identity: Identity) -> RepoRow:
         """The row with its identity; another PDS may change whose word on the status counts."""
-        moved = row.pds != identity.pds
         if row.signing_key != identity.signing_key:
             self._tools.routes.forget(did)
         new = with_identity(tx, did, row, identity)
+        moved = row.pds != new.pds
         if did in self._tools.hints:
             new = new._replace(work=new.work | Work.RESOLVE)
         if moved:

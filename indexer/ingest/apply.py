@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Final, NamedTuple, Protocol
 
 from indexer.atproto.frames import AccountFrame, CommitFrame, IdentityFrame, SyncFrame
-from indexer.atproto.types import Did, DidKey, Rev, Seq
+from indexer.atproto.types import Did, DidKey, Seq
 from indexer.identity.resolver import INVALID_HANDLE, Identity
 from indexer.ingest.account import has_authority, is_doubtful, is_stale, micros_of, status_of
 from indexer.ingest.bans import BANNED
 from indexer.ingest.filters import Filters
 from indexer.ingest.machine import LABELS, Act, Decision, Situation, decide, desynchronized
 from indexer.ingest.tools import IngestTools
-from indexer.ingest.verify import COMMIT, SYNC, Verdict, verify_frame
+from indexer.ingest.verify import COMMIT, SYNC, Verdict
 from indexer.ingest.words import with_words
 from indexer.store.codecs import (
     NEW_REPO,
@@ -63,8 +63,6 @@ class Wake(Protocol):
 _UNWANTED = Result(Act.DROP, "unwanted")
 #: The lexicon's bound for `blocks` of a `#sync`; relays enforce the one of commits, so more is only counted.
 SYNC_BLOCKS_BYTES: Final = 10_000
-#: Frames of an overflowing buffer that are looked at for the newest rev that a signature vouches for.
-_VOUCHED_TRIES: Final = 8
 
 
 class Applier:
@@ -74,13 +72,11 @@ class Applier:
         self.filters = filters
         self.ephemeral = ephemeral
         self._tools = tools
-        self._wake = wake
+        self.wake = wake
 
     # ---- #commit and #sync
 
-    def frame(
-        self, tx: Transaction, arrival: Arrival, verdict: Verdict | None, *, fresh: bool = False
-    ) -> Result:
+    def frame(self, tx: Transaction, arrival: Arrival, verdict: Verdict | None) -> Result:
         """One frame from an upstream; ``verdict`` is None where no key was known."""
         did = arrival.did
         row = self._followed(tx, did, arrival)
@@ -88,7 +84,7 @@ class Applier:
             self._tools.routes.forget(did)
             return _UNWANTED
         if self._tools.bans.covers(row.pds, arrival.source):
-            return self._banned(tx, arrival, row)
+            return self._banned(tx, arrival, row, verdict)
         if verdict is None or arrival.key != row.signing_key:
             self._tools.routes.forget(did)
             return self._unverified(tx, arrival, row)
@@ -96,18 +92,20 @@ class Applier:
             self._tools.clock_watch.note(did, ahead=verdict.ahead)
         if arrival.kind == SYNC and len(arrival.frame.blocks) > SYNC_BLOCKS_BYTES:
             tx.add_count(f"ingest/{arrival.source}/note/sync_blocks", 1)
-        waiting = row.work != 0 and bool(row.work & Work.RESOLVE) and tx.buffer_size(did)[0] > 0
+        waiting = bool(row.work & (Work.RESOLVE | Work.DRAIN)) and tx.waits_from(did, arrival.source)
         trusted = has_authority(arrival.source, row.pds)
-        situation = Situation(tx.now_us, self.ephemeral, waiting, False, trusted, fresh)
+        situation = Situation(tx.now_us, self.ephemeral, waiting, False, trusted)
         decision = decide(row, verdict, situation)
         if decision.act is Act.APPLY and row.state is not SyncState.SYNCED and tx.buffer_size(did)[0]:
             # It needs no fetch any more, which would have been followed by a replay of what waits.
             decision = decision._replace(row=decision.row._replace(work=decision.row.work | Work.DRAIN))
         return self._carry_out(tx, arrival, row, verdict, decision)
 
-    def _banned(self, tx: Transaction, arrival: Arrival, row: RepoRow) -> Result:
-        """Nothing is taken. What is missed by it is fetched once the host is let go."""
-        if row.state is SyncState.SYNCED and self._tools.bans.covers(row.pds) and arrival.frame.rev > row.rev:
+    def _banned(self, tx: Transaction, arrival: Arrival, row: RepoRow, verdict: Verdict | None) -> Result:
+        """Nothing is taken. What a signature shows to be missed is fetched once the host is let go."""
+        signed = verdict is not None and verdict.signed and arrival.key == row.signing_key
+        missed = signed and row.state is SyncState.SYNCED and arrival.frame.rev > row.rev
+        if missed and self._tools.bans.covers(row.pds) and has_authority(arrival.source, row.pds):
             situation = Situation(tx.now_us, ephemeral=self.ephemeral)
             self.store(tx, arrival.did, row, desynchronized(row, BANNED, situation))
         return Result(Act.DROP, BANNED)
@@ -133,7 +131,8 @@ class Applier:
             reason = reason or arrival.kind
             self._tools.routes.put(arrival.did, new.signing_key, new.rev)
         elif decision.act is Act.BUFFER:
-            new = self._buffer(tx, arrival, new, vouched=verdict.signed)
+            vouched = verdict.signed and has_authority(arrival.source, row.pds)
+            new = self._buffer(tx, arrival, new, vouched=vouched)
         elif decision.act is Act.REJECT:
             why = verdict.message
             if decision.reason != verdict.reason:
@@ -172,35 +171,31 @@ class Applier:
         if arrival.frame.rev <= row.rev:
             return Result(Act.DROP, "stale_rev")
         work = row.work
-        if row.state is not SyncState.BACKFILLING or not row.signing_key:
-            work |= Work.RESOLVE  # else it is replayed once the fetched repository is applied
+        if not row.signing_key:
+            work |= Work.RESOLVE
+        elif row.state is not SyncState.BACKFILLING:
+            work |= Work.DRAIN  # else it is replayed once the fetched repository is applied
         new = self._buffer(tx, arrival, row._replace(work=work), vouched=False)
         self.store(tx, arrival.did, row, new)
         return Result(Act.BUFFER, "identity")
 
     def _buffer(self, tx: Transaction, arrival: Arrival, row: RepoRow, *, vouched: bool) -> RepoRow:
-        """Keeps the frame; at the limit the buffer goes and only a fetch newer than it will do."""
-        if tx.buffer_frame(arrival.did, arrival.frame.rev, arrival.kind, arrival.source, arrival.data):
+        """Keeps the frame. At the limit of those that are vouched for they go, and only a fetch newer than
+        they are will do; of others the new one goes, and the account's host is asked what was missed."""
+        did, rev = arrival.did, arrival.frame.rev
+        if tx.buffer_frame(did, rev, arrival.kind, arrival.source, arrival.data, vouched=vouched):
             return row
-        rev = self._newest_vouched(tx, arrival, row, arrival.frame.rev if vouched else "")
-        tx.drop_buffered(arrival.did)
+        if not vouched:
+            tx.add_count(f"ingest/{arrival.source}/drop/unproven_full", 1)
+            return row._replace(work=row.work | Work.RESOLVE | Work.COMPARE_REV)
+        # Another source may be ahead of this one: what it sent would be missed by a fetch up to this rev.
+        rev = max([rev, *(waiting.rev for waiting in tx.buffered(did) if waiting.vouched)])
+        tx.drop_buffered(did, vouched=True)
         tx.add_count(f"ingest/{arrival.source}/drop/buffer_full", 1)
-        if row.state is SyncState.BACKFILLING and vouched:
+        if row.state is SyncState.BACKFILLING:
             return row._replace(min_rev=max(row.min_rev, rev))
         situation = Situation(tx.now_us, ephemeral=self.ephemeral)
         return desynchronized(row, "buffer_full", situation, rev)
-
-    def _newest_vouched(self, tx: Transaction, arrival: Arrival, row: RepoRow, rev: Rev) -> Rev:
-        """The newest of ``rev`` and the revs in the buffer that is about to go, as far as signatures vouch.
-
-        Another source may be ahead of this one: what it sent would be missed by a fetch up to ``rev``.
-        """
-        newer = [waiting for waiting in tx.buffered(arrival.did) if waiting.rev > rev]
-        for waiting in reversed(newer[-_VOUCHED_TRIES:] if row.signing_key else []):
-            verdict = verify_frame(waiting.data, row.signing_key, self._tools.limits())
-            if verdict.signed and has_authority(waiting.source, row.pds):
-                return waiting.rev
-        return rev
 
     def failed(self, tx: Transaction, arrival: Arrival, error: Exception) -> None:
         """Stands in for a step that raised: the frame is set aside, its repository fetched anew."""
@@ -221,7 +216,10 @@ class Applier:
         row = self._followed(tx, frame.did)
         if row is None:
             return _UNWANTED
-        self._tools.hint(frame.did)
+        trusted = has_authority(source, row.pds)
+        if trusted:
+            self._tools.resolver.purge(frame.did)
+        self._tools.hint(frame.did, urgent=trusted)
         self.store(tx, frame.did, row, row._replace(work=row.work | Work.RESOLVE))
         return Result(Act.APPLY, "identity")
 
@@ -289,14 +287,17 @@ class Applier:
         if new != old:
             tx.set_repo(did, new)
         if new.work:  # told each time, so that no failure elsewhere leaves it forgotten in the row
-            self._wake(did, new.work, new.work & ~(0 if old is None else old.work))
+            self.wake(did, new.work, new.work & ~(0 if old is None else old.work))
 
 
 def with_identity(tx: Transaction, did: Did, row: RepoRow, identity: Identity) -> RepoRow:
     """The row with a resolved identity; the log hears of another key or PDS at once.
 
+    An answer to an older question than the row's own changes nothing (unless our clock was set back since).
     A claimed handle is no fact: one that is new leaves the row without a handle until it is verified.
     """
+    if identity.fetched_at < row.identity_at <= tx.now_us:
+        return row
     claimed = identity.handle
     handle, work = row.handle, row.work & ~Work.RESOLVE
     if not claimed:
@@ -304,7 +305,10 @@ def with_identity(tx: Transaction, did: Did, row: RepoRow, identity: Identity) -
     elif claimed != handle:
         handle = handle if handle == INVALID_HANDLE else ""
         work |= Work.VERIFY_HANDLE
-    new = row._replace(signing_key=identity.signing_key, pds=identity.pds, handle=handle, work=work)
+    new = row._replace(
+        signing_key=identity.signing_key, pds=identity.pds, handle=handle, work=work,
+        identity_at=identity.fetched_at,
+    )  # fmt: skip
     moved = (row.signing_key, row.pds) != (new.signing_key, new.pds)
     if moved or (handle == INVALID_HANDLE and row.handle != INVALID_HANDLE):
         tell_identity(tx, did, new)

@@ -9,48 +9,59 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import structlog
 
 from indexer.atproto.frames import CommitFrame, SyncFrame, decode_frame
 from indexer.atproto.types import Did, DidKey
-from indexer.errors import FrameError, IdentityGone, StoreError, WorkerDied
+from indexer.errors import FrameError, StoreError, WorkerDied
 from indexer.ingest.answers import Answers
 from indexer.ingest.apply import Applier, Arrival, label
 from indexer.ingest.machine import Act, Situation, desynchronized
 from indexer.ingest.suspects import WORKER_DIED, verified
 from indexer.ingest.tools import IngestTools
-from indexer.ingest.verify import Verdict, verify_batch
-from indexer.store.codecs import BufferedFrame, RepoRow, SyncState, Work, did_range
-from indexer.store.keyspaces import RESYNC_BUFFER
+from indexer.ingest.verify import Verdict
+from indexer.store.codecs import BufferedFrame, RepoRow, SyncState, Work
 from indexer.store.transaction import Transaction
 
 log = structlog.get_logger()
 
 #: Frames of a portion, where batches are small.
-_LEAST_PORTION = 64
-#: Frames that came in while a portion was verified, up to so many, are verified in the writer's turn.
-_LATE_FRAMES = 32
+_LEAST_PORTION: Final = 64
+#: Rounds through a buffer to which frames keep coming, until somebody else has his turn.
+_ROUNDS: Final = 16
 
 
 class Progress(Enum):
     """How one unit of a drain ended."""
 
-    EMPTY = auto()  # nothing waits any more
-    MORE = auto()  # go on
-    STALE_KEY = auto()  # a frame fails under an identity that may be out of date
+    EMPTY = auto()  # nothing waits any more but what a newer identity may prove
+    MORE = auto()  # go on behind what was looked at
+    AGAIN = auto()  # begin anew: another key, or frames that came in meanwhile
     NOT_NOW = auto()  # the repository is being fetched, or gone
 
 
 class Portion(NamedTuple):
-    """Some frames from the front of a buffer, verified under ``key``."""
+    """Frames of a buffer in their order, verified under ``key``. ``last``: none stood behind them."""
 
     key: DidKey
     frames: Sequence[BufferedFrame]
     decoded: Sequence[CommitFrame | SyncFrame | None]
     verdicts: Sequence[Verdict]
+    last: bool = True
+
+
+class Round:
+    """One way through a buffer: how far it is, and how many frames it left there."""
+
+    __slots__ = ("after", "fresh", "left")
+
+    def __init__(self, fresh: bool) -> None:
+        self.fresh = fresh
+        self.after: BufferedFrame | None = None
+        self.left = 0
 
 
 class Drainer:
@@ -63,44 +74,41 @@ class Drainer:
         self._locks: WeakValueDictionary[Did, asyncio.Lock] = WeakValueDictionary()
 
     async def drain(self, did: Did, *, fresh: bool = False) -> bool:
-        """Replays what waits; true when nothing does any more.
+        """Replays what waits; true when nothing does any more but what its identity does not prove so far.
 
-        ``fresh``: the identity in the row was asked for after the frames came in. Otherwise a bad
-        signature has it refreshed first. Raises `IdentityUnavailable` where that cannot be done now.
+        That stays, with `Work.RESOLVE`, until the identity was asked for after it came in. False also where
+        frames come in as fast as they are replayed: `Work.DRAIN` has the rest replayed later. ``fresh``:
+        the identity in the row was asked for just now.
         """
         lock = self._locks.setdefault(did, asyncio.Lock())
         async with lock:
-            while True:
-                portion = await self._portion(did)
-                progress = await self._replay(did, portion, fresh)
-                if progress is Progress.STALE_KEY:
-                    await self._refresh(did)
-                    fresh = True
-                elif progress is not Progress.MORE:
+            for _ in range(_ROUNDS):
+                now = Round(fresh)
+                while True:
+                    portion = await self._portion(did, now.after)
+                    progress = await self._replay(did, portion, now)
+                    if progress is not Progress.MORE:
+                        break
+                if progress is not Progress.AGAIN:
                     return progress is Progress.EMPTY
+        return False
 
-    async def _portion(self, did: Did) -> Portion:
+    async def _portion(self, did: Did, after: BufferedFrame | None) -> Portion:
         tools = self._tools
         row = tools.db.repo(did)
         if row is None:
             return Portion("", (), (), ())
         limit = max(_LEAST_PORTION, tools.settings.ingest.batch_frames)
-        frames = [
-            BufferedFrame(rev, kind, source, data)
-            for (_, rev, kind, source), (epoch, data) in tools.db.scan(
-                RESYNC_BUFFER, *did_range(did), limit=limit
-            )
-            if epoch == row.epoch
-        ]
+        frames = tools.db.buffered(did, row.epoch, limit=limit, after=after)
         if not frames or not row.signing_key:
             return Portion(row.signing_key, (), (), ())
-        items = [(frame.data, row.signing_key) for frame in frames]
-        verdicts = await verified(tools, items)
-        return Portion(row.signing_key, frames, [_decoded(frame.data) for frame in frames], verdicts)
+        verdicts = await verified(tools, [(frame.data, row.signing_key) for frame in frames])
+        decoded = [_decoded(frame.data) for frame in frames]
+        return Portion(row.signing_key, frames, decoded, verdicts, len(frames) < limit)
 
-    async def _replay(self, did: Did, portion: Portion, fresh: bool) -> Progress:
+    async def _replay(self, did: Did, portion: Portion, now: Round) -> Progress:
         try:
-            return await self._tools.writer.run("drain", lambda tx: self._unit(tx, did, portion, fresh))
+            return await self._tools.writer.run("drain", lambda tx: self._unit(tx, did, portion, now))
         except StoreError:
             raise
         except Exception as error:
@@ -109,49 +117,38 @@ class Drainer:
             await self._tools.writer.run("drain_failed", lambda tx: self._give_up(tx, did, message))
             return Progress.EMPTY
 
-    def _unit(self, tx: Transaction, did: Did, portion: Portion, fresh: bool) -> Progress:
+    def _unit(self, tx: Transaction, did: Did, portion: Portion, now: Round) -> Progress:
         row = tx.repo(did)
         if row is None or (row.state is SyncState.BACKFILLING and not row.work & Work.DRAIN):
             return Progress.NOT_NOW
         if row.signing_key != portion.key:
+            return Progress.AGAIN
+        if not portion.key:
+            now.left = tx.buffer_size(did)[0]
+        elif not self._replay_known(tx, did, portion, now) or not portion.last:
             return Progress.MORE
-        progress = self._replay_known(tx, did, portion, fresh)
-        if progress is not Progress.MORE:
-            return progress
-        late = tx.buffered(did, limit=_LATE_FRAMES + 1)
-        if late and not row.signing_key:
-            return Progress.STALE_KEY
-        if len(late) > _LATE_FRAMES:
-            return Progress.MORE
-        if late:
-            # Verified here, or a busy repository would never be found with an empty buffer.
-            items = [(frame.data, portion.key) for frame in late]
-            verdicts = verify_batch(items, self._tools.limits())
-            rest = Portion(portion.key, late, [_decoded(frame.data) for frame in late], verdicts)
-            progress = self._replay_known(tx, did, rest, fresh)
-            if progress is not Progress.MORE:
-                return progress
-        self._finish(tx, did, resolved=fresh)
-        return Progress.EMPTY
+        return self._finish(tx, did, now)
 
-    def _replay_known(self, tx: Transaction, did: Did, portion: Portion, fresh: bool) -> Progress:
-        """Replays the buffer's front as far as it is what was verified; what is replayed is dropped.
+    def _replay_known(self, tx: Transaction, did: Did, portion: Portion, now: Round) -> bool:
+        """Replays the frames as far as they are what was verified; false where another one stands between.
 
-        One by one, so that a frame whose outcome is counted is never met again: another frame of its rev may
-        have come in meanwhile, or need a fresh identity first.
+        One by one, so that a frame whose outcome is counted is never met again. What only a newer identity
+        can prove stays, and holds up nobody.
         """
         known = {frame[:3]: index for index, frame in enumerate(portion.frames)}
-        for waiting in tx.buffered(did, limit=len(portion.frames) + 1):
+        for waiting in tx.buffered(did, limit=len(portion.frames), after=now.after):
             index = known.get(waiting[:3])
             if index is None or portion.frames[index].data != waiting.data:
-                break
-            if not self._replay_one(tx, did, portion, index, fresh):
-                return Progress.STALE_KEY
-            tx.drop_buffered_frame(did, waiting)
-        return Progress.MORE
+                return False
+            if self._replay_one(tx, did, portion, index):
+                tx.drop_buffered_frame(did, waiting)
+            else:
+                now.left += 1
+            now.after = waiting
+        return True
 
-    def _replay_one(self, tx: Transaction, did: Did, portion: Portion, index: int, fresh: bool) -> bool:
-        """One frame; false when it needs a fresh identity."""
+    def _replay_one(self, tx: Transaction, did: Did, portion: Portion, index: int) -> bool:
+        """One frame; false when it needs an identity that is asked for after it came in."""
         row = tx.repo(did)
         frame, waiting = portion.decoded[index], portion.frames[index]
         if row is None or frame is None:
@@ -162,19 +159,33 @@ class Drainer:
             self._applier.failed(tx, arrival, WorkerDied(verdict.message))
             tx.add_count(f"ingest/{waiting.source}/desync/{WORKER_DIED}", 1)
             return True
+        # A time in our future is from before our clock was set back.
+        arrived = waiting.arrived if waiting.arrived <= tx.now_us else 0
+        fresh = row.identity_at > arrived and did not in self._tools.hints
         result = self._applier.replay(tx, arrival, row, verdict, fresh=fresh)
         if result.act is Act.BUFFER:
-            return fresh
+            return False
         tx.add_count(f"ingest/{waiting.source}/{label(result)}", 1)
         return True
 
-    def _finish(self, tx: Transaction, did: Did, *, resolved: bool) -> None:
+    def _finish(self, tx: Transaction, did: Did, now: Round) -> Progress:
+        """The round is over. What it left stays until the identity is known; other frames came in since."""
         row = tx.repo(did)
         if row is None:
-            return
-        new = self._answers.at_rest(tx, did, row, resolved=resolved)
-        if new != row:
-            tx.set_repo(did, new)
+            return Progress.NOT_NOW
+        waiting = tx.buffer_size(did)[0]
+        if row.signing_key or not waiting:
+            new = self._answers.at_rest(tx, did, row, resolved=now.fresh and not now.left)
+        else:
+            new = row._replace(work=row.work & ~Work.DRAIN)
+        if now.left and waiting:
+            new = new._replace(work=new.work | Work.RESOLVE)
+        if waiting > now.left:
+            new = new._replace(work=new.work | Work.DRAIN)
+        self._applier.store(tx, did, row, new)
+        if now.left or waiting > now.left:
+            self._applier.wake(did, new.work, Work.RESOLVE | Work.DRAIN)
+        return Progress.AGAIN if waiting > now.left else Progress.EMPTY
 
     def _give_up(self, tx: Transaction, did: Did, message: str) -> None:
         """Something of ours failed on a frame: the buffer goes, the repository is fetched anew."""
@@ -184,16 +195,6 @@ class Drainer:
         if row is not None:
             broken = desynchronized(row, message[:500], Situation(tx.now_us, self._applier.ephemeral))
             tx.set_repo(did, broken._replace(work=row.work & ~(Work.DRAIN | Work.RESOLVE)))
-
-    async def _refresh(self, did: Did) -> None:
-        """The identity once more; one that is gone leaves the row without a key."""
-        try:
-            identity = await self._tools.resolver.resolve(did, refresh=True)
-        except IdentityGone as error:
-            gone = error
-            await self._tools.writer.run("identity_gone", lambda tx: self._answers.gone(tx, did, gone))
-        else:
-            await self._tools.writer.run("identity", lambda tx: self._answers.learned(tx, did, identity))
 
 
 def _decoded(data: bytes) -> CommitFrame | SyncFrame | None:

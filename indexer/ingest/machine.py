@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from indexer.atproto.mst import EMPTY_ROOT
 from indexer.atproto.types import Micros, Rev
-from indexer.ingest.verify import COMMIT, FIELDS_ROW, Outcome, Verdict
+from indexer.ingest.verify import COMMIT, FIELDS_ROW, SIGNATURE_ROW, Outcome, Verdict
 from indexer.store.codecs import AccountStatus, RepoRow, SyncState, Work
 
 
@@ -42,10 +42,10 @@ class Situation(NamedTuple):
 
     now_us: Micros
     ephemeral: bool = False
-    waiting: bool = False  # earlier frames of the repository wait in its buffer
+    waiting: bool = False  # earlier frames of the same source wait in the repository's buffer
     draining: bool = False  # the frame comes from the buffer; nothing stands before it
     authority: bool = True  # the source is a relay, or the account's own PDS
-    fresh: bool = False  # the identity was asked for after the frame came in
+    fresh: bool = False  # the identity was asked for after the frame came in, and no hint since
 
 
 def decide(row: RepoRow, verdict: Verdict, situation: Situation) -> Decision:
@@ -56,6 +56,8 @@ def decide(row: RepoRow, verdict: Verdict, situation: Situation) -> Decision:
         return Decision(Act.DROP, "inactive", _raised(row, verdict))
     if verdict.rev <= row.rev:
         return Decision(Act.DROP, "stale_rev", row)
+    if verdict.outcome is Outcome.REJECT and verdict.row < SIGNATURE_ROW and not verdict.ahead:
+        return Decision(Act.REJECT, verdict.reason, row)  # no identity could make it right
     if not situation.authority:
         return _unproven(row, "authority", situation)
     if verdict.outcome is Outcome.REJECT:
@@ -120,9 +122,8 @@ def _unproven(row: RepoRow, reason: str, situation: Situation) -> Decision:
     """Rows 4 and 12: a stale identity gets one refresh; after it the frame is refused."""
     if not situation.fresh:
         return Decision(Act.BUFFER, reason, row._replace(work=row.work | Work.RESOLVE))
-    if reason == "signature":  # newer than ours by its own word: ask the host once
-        row = row._replace(work=row.work | Work.COMPARE_REV)
-    return Decision(Act.REJECT, reason, row)
+    # Newer than ours by its own word: its host is asked once.
+    return Decision(Act.REJECT, reason, row._replace(work=row.work | Work.COMPARE_REV))
 
 
 def _made_up_for(row: RepoRow, verdict: Verdict) -> RepoRow:

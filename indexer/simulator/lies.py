@@ -29,7 +29,7 @@ _TRIES = 20
 #: expected; never of one that is refused for its form (rows 0 to 2).
 UNLESS_SYNCED = (
     "drop/inactive", "drop/stale_rev", "drop/pending", "drop/desynchronized", "buffer/backfilling",
-    "buffer/waiting", "buffer/identity", "drop/buffer_full",
+    "buffer/waiting", "buffer/identity", "drop/buffer_full", "drop/unproven_full",
 )  # fmt: skip
 
 

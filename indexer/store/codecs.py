@@ -108,6 +108,7 @@ class RepoRow(NamedTuple):
     work: int  # `Work` flags
     error: str
     attempt: int
+    identity_at: Micros = 0  # when key and PDS were asked for; 0 is not known
 
 
 NEW_REPO: Final = RepoRow(
@@ -161,6 +162,17 @@ class BufferedFrame(NamedTuple):
     kind: FrameKind
     source: str
     data: bytes
+    arrived: Micros = 0  # when it came in; 0 is not known
+    vouched: bool = True  # the account's key, as it was then, had signed it, and its source may speak for it
+
+
+class WaitingRow(NamedTuple):
+    """What is stored of a `BufferedFrame` beside its key."""
+
+    epoch: int
+    data: bytes
+    arrived: Micros = 0
+    vouched: bool = True
 
 
 class QuarantineRow(NamedTuple):
@@ -285,7 +297,7 @@ def decode_repo(data: bytes) -> RepoRow:
     fields = unpack(data)
     fields[1] = _STATES[fields[1]]
     fields[2] = _STATUSES[fields[2]]
-    return RepoRow._make(fields)
+    return RepoRow(*fields)  # rows of old have no `identity_at`
 
 
 def encode_record(row: RecordRow) -> bytes:
@@ -376,13 +388,12 @@ def decode_archive(data: bytes) -> ArchiveRow:
     return ArchiveRow._make(unpack(data))
 
 
-def encode_waiting(value: tuple[int, bytes]) -> bytes:
-    return pack(value)
+def encode_waiting(row: WaitingRow) -> bytes:
+    return pack(tuple(row))
 
 
-def decode_waiting(data: bytes) -> tuple[int, bytes]:
-    epoch, frame = unpack(data)
-    return epoch, frame
+def decode_waiting(data: bytes) -> WaitingRow:
+    return WaitingRow(*unpack(data))  # rows of old are an epoch and a frame
 
 
 def decode_word(data: bytes) -> tuple[AccountStatus, bool, int, Micros]:

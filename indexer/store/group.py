@@ -31,7 +31,9 @@ class Limits(NamedTuple):
 
     buffer_frames_per_repo: int
     buffer_bytes_per_repo: int
-    buffer_bytes: int
+    buffer_bytes: int  # of vouched frames, of all repositories
+    unproven_frames_per_repo: int
+    unproven_bytes: int  # of all repositories
     quarantine_entries: int
     quarantine_bytes: int  # of one entry's data
     wipe_point_rows: int

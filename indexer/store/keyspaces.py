@@ -22,6 +22,7 @@ from indexer.store.codecs import (
     RefChanges,
     RepoRow,
     SourceRow,
+    WaitingRow,
 )
 from indexer.store.host_rows import HostRow, decode_host, encode_host
 
@@ -70,7 +71,7 @@ _RECORD: Final = Codec[RecordRow](codecs.encode_record, codecs.decode_record)
 _WORD: Final = Codec[tuple[AccountStatus, bool, int, Micros]](codecs.encode_word_value, codecs.decode_word)
 _CHANGES: Final = Codec[list[RefChanges]](_read_only, codecs.decode_reflog)
 _ARCHIVE: Final = Codec[ArchiveRow](codecs.encode_archive, codecs.decode_archive)
-_WAITING: Final = Codec[tuple[int, bytes]](codecs.encode_waiting, codecs.decode_waiting)
+_WAITING: Final = Codec[WaitingRow](codecs.encode_waiting, codecs.decode_waiting)
 _SOURCE: Final = Codec[SourceRow](codecs.encode_source, codecs.decode_source)
 _HOST: Final = Codec[HostRow](encode_host, decode_host)
 _QUARANTINE: Final = Codec[QuarantineRow](codecs.encode_quarantine, codecs.decode_quarantine)
@@ -115,7 +116,7 @@ EVENTS: Final[Keyspace[EventId, bytes]] = Keyspace(
 CURSORS: Final[Keyspace[str, Any]] = Keyspace("cursors", _NAME, _ANY)
 COUNTS: Final[Keyspace[str, int]] = Keyspace("counts", _NAME, _INT, Tuning(bloom=True))
 PENDING: Final[Keyspace[tuple[Micros, Did], None]] = Keyspace("pending", _DUE, _EMPTY, Tuning(collected=True))
-RESYNC_BUFFER: Final[Keyspace[tuple[Did, Rev, FrameKind, str], tuple[int, bytes]]] = Keyspace(
+RESYNC_BUFFER: Final[Keyspace[tuple[Did, Rev, FrameKind, str], WaitingRow]] = Keyspace(
     "resync_buffer", _FRAME, _WAITING, Tuning(16, collected=True, weight=2)
 )
 FILTER: Final[Keyspace[tuple[str, str], None]] = Keyspace("filter", _PAIR, _EMPTY)
@@ -160,7 +161,8 @@ BOOT: Final = "boot"  # the machine's boot id when the writer started
 CLEAN: Final = "clean"  # set by a shutdown in good order
 HOLE: Final = "hole/"  # + first missing id: the first id after the hole; a record for people
 CHECKPOINT: Final = "checkpoint"  # the first row of `reflog` that is not folded
-WATERMARK: Final = "watermark/"  # + time_us, 20 digits: the next event id at that time
+WATERMARK: Final = "watermark/"  # + the log's time in µs, 20 digits: the next event id at that time
+LOG_CLOCK: Final = "log_clock"  # [the log's time, boot id, µs since that boot]: from where it goes on
 WIPE: Final = "wipe/"  # + DID: a wiped life of which traces remain
 SWEEP: Final = "sweep"  # [position, end] of the sweep under way
 QUARANTINE_NEXT: Final = "quarantine/next"

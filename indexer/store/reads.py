@@ -15,8 +15,26 @@ import rocksdict
 from indexer.atproto.types import Cid, Did, Nsid, Path
 from indexer.errors import StoreCorrupt
 from indexer.store import rocks
-from indexer.store.codecs import AccountWord, RecordRow, RepoRow, after_prefix, decode_record, did_range
-from indexer.store.keyspaces import ACCOUNT_STATUS, BLOCKS, COUNTS, CURSORS, FILTER, RECORDS, REPOS, Keyspace
+from indexer.store.codecs import (
+    AccountWord,
+    BufferedFrame,
+    RecordRow,
+    RepoRow,
+    after_prefix,
+    decode_record,
+    did_range,
+)
+from indexer.store.keyspaces import (
+    ACCOUNT_STATUS,
+    BLOCKS,
+    COUNTS,
+    CURSORS,
+    FILTER,
+    RECORDS,
+    REPOS,
+    RESYNC_BUFFER,
+    Keyspace,
+)
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -117,6 +135,16 @@ class Reads:
 
     def account_words(self, did: Did) -> list[AccountWord]:
         return [AccountWord(key[1], *value) for key, value in self.scan(ACCOUNT_STATUS, *did_range(did))]
+
+    def buffered(
+        self, did: Did, epoch: int, *, limit: int, after: BufferedFrame | None = None
+    ) -> list[BufferedFrame]:
+        """Frames of a life that wait, by rev, commits before syncs; those behind ``after``."""
+        start, stop = did_range(did)
+        if after is not None:
+            start = RESYNC_BUFFER.key.encode((did, *after[:3])) + b"\0"
+        rows = self.scan(RESYNC_BUFFER, start, stop, limit=limit)
+        return [BufferedFrame(*key[1:], *row[1:]) for key, row in rows if row.epoch == epoch]
 
     def filters(self, kind: str | None = None) -> list[tuple[str, str]]:
         """The (kind, item) rows of the filter."""

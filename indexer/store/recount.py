@@ -190,8 +190,11 @@ class Recount:
 
     def _buffers(self) -> None:
         for did, rows in groupby(self.reads.scan(RESYNC_BUFFER, *self.bounds), key=_owner):
-            sizes = [len(data) for _, (_, data) in rows]
-            found = Counter(frames=len(sizes), bytes=sum(sizes))
+            found: Counter[str] = Counter()
+            for _, row in rows:
+                found.update(frames=1, bytes=len(row.data))
+                if not row.vouched:
+                    found.update(unproven_frames=1, unproven_bytes=len(row.data))
             for name, number in found.items():
                 self._sums[f"buffer/{name}"] += number
             self._settle(f"buffer/{did}/", found)

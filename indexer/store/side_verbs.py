@@ -18,6 +18,7 @@ from indexer.store.codecs import (
     QuarantineRow,
     RepoRow,
     SourceRow,
+    WaitingRow,
     did_range,
 )
 from indexer.store.group import Group
@@ -59,69 +60,104 @@ class SideVerbs(Group):
 
     # ---- frames that wait, frames that failed
 
-    def buffer_frame(self, did: Did, rev: Rev, kind: FrameKind, source: str, data: bytes) -> bool:
-        """Keep a frame until its repository is ready; false, with nothing kept, at a limit."""
+    def buffer_frame(
+        self, did: Did, rev: Rev, kind: FrameKind, source: str, data: bytes, *, vouched: bool = True
+    ) -> bool:
+        """Keep a frame until its repository is ready; false, with nothing kept, at a limit.
+
+        Frames that nothing vouches for have limits of their own, and never stand in the way of the others.
+        """
         key = (did, rev, kind, source)
         old = self.get(RESYNC_BUFFER, key)
-        frames, size = self.buffer_size(did)
-        more = len(data) - (0 if old is None else len(old[1]))
-        limits = self._limits
-        if (
-            frames + (old is None) > limits.buffer_frames_per_repo
-            or size + more > limits.buffer_bytes_per_repo
-            or self.count("buffer/bytes") + more > limits.buffer_bytes
-        ):
+        if old is not None and old.vouched and not vouched:
+            return True  # what is known to be the account's own stays
+        new = WaitingRow(self._epoch(did), data, self._clock(), vouched)
+        if not self._has_room(did, old, new):
             return False
-        self.put(RESYNC_BUFFER, key, (self._epoch(did), data))
-        self._count_buffer(did, int(old is None), more)
+        self.put(RESYNC_BUFFER, key, new)
+        if old is not None:
+            self._count_buffer(did, -1, old)
+        self._count_buffer(did, 1, new)
         return True
 
-    def buffered(self, did: Did, limit: int | None = None) -> list[BufferedFrame]:
-        """Waiting frames of the current life by rev, commits before syncs."""
+    def _has_room(self, did: Did, old: WaitingRow | None, new: WaitingRow) -> bool:
+        limits = self._limits
+        frames, size = self.unproven_size(did)
+        total = self.count("buffer/unproven_bytes")
+        most = (limits.unproven_frames_per_repo, limits.buffer_bytes_per_repo, limits.unproven_bytes)
+        if new.vouched:
+            all_frames, all_bytes = self.buffer_size(did)
+            frames, size, total = all_frames - frames, all_bytes - size, self.count("buffer/bytes") - total
+            most = (limits.buffer_frames_per_repo, limits.buffer_bytes_per_repo, limits.buffer_bytes)
+        replaced = old is not None and old.vouched is new.vouched
+        more = len(new.data) - (len(old.data) if old is not None and replaced else 0)
+        return frames + (not replaced) <= most[0] and size + more <= most[1] and total + more <= most[2]
+
+    def buffered(
+        self, did: Did, limit: int | None = None, after: BufferedFrame | None = None
+    ) -> list[BufferedFrame]:
+        """Waiting frames of the current life by rev, commits before syncs; those behind ``after``."""
         epoch = self._epoch(did)
         found: list[BufferedFrame] = []
-        for raw_key, raw in self.raw_scan(RESYNC_BUFFER.name, *did_range(did)):
+        start, stop = did_range(did)
+        if after is not None:
+            start = RESYNC_BUFFER.key.encode((did, *after[:3])) + b"\0"
+        for raw_key, raw in self.raw_scan(RESYNC_BUFFER.name, start, stop):
             if limit is not None and len(found) >= limit:
                 break
             _, rev, kind, source = RESYNC_BUFFER.key.decode(raw_key)
-            frame_epoch, data = RESYNC_BUFFER.value.decode(raw)
-            if frame_epoch == epoch:
-                found.append(BufferedFrame(rev, kind, source, data))
+            row = RESYNC_BUFFER.value.decode(raw)
+            if row.epoch == epoch:
+                found.append(BufferedFrame(rev, kind, source, *row[1:]))
         return found
 
-    def drop_buffered(self, did: Did, up_to_rev: Rev | None = None) -> int:
-        """Drop waiting frames, with a rev those up to and with it; returns how many."""
+    def waits_from(self, did: Did, source: str) -> bool:
+        """Whether a frame of this source waits."""
+        if not self.buffer_size(did)[0]:
+            return False
+        rows = self.raw_scan(RESYNC_BUFFER.name, *did_range(did))
+        return any(RESYNC_BUFFER.key.decode(key)[3] == source for key, _ in rows)
+
+    def drop_buffered(self, did: Did, up_to_rev: Rev | None = None, *, vouched: bool | None = None) -> int:
+        """Drop waiting frames: with a rev those up to and with it, with ``vouched`` those; how many."""
         start, stop = did_range(did)
         if up_to_rev is not None:
             stop = f"{did}\0{up_to_rev}\1".encode()
-        frames = size = 0
+        frames = 0
         rows = self._rows[RESYNC_BUFFER.name]
         for raw_key, raw in list(self.raw_scan(RESYNC_BUFFER.name, start, stop)):
-            self.write(rows, raw_key, None)
-            frames += 1
-            size += len(RESYNC_BUFFER.value.decode(raw)[1])
+            row = RESYNC_BUFFER.value.decode(raw)
+            if vouched in (None, row.vouched):
+                self.write(rows, raw_key, None)
+                frames += 1
+                self._count_buffer(did, -1, row)
         self.ops += frames
-        if frames:
-            self._count_buffer(did, -frames, -size)
         return frames
 
     def drop_buffered_frame(self, did: Did, frame: BufferedFrame) -> None:
         """Drop one waiting frame, if it still waits as it is."""
         key = (did, frame.rev, frame.kind, frame.source)
         waiting = self.get(RESYNC_BUFFER, key)
-        if waiting is not None and waiting[1] == frame.data:
+        if waiting is not None and waiting.data == frame.data:
             self.delete(RESYNC_BUFFER, key)
-            self._count_buffer(did, -1, -len(frame.data))
+            self._count_buffer(did, -1, waiting)
 
     def buffer_size(self, did: Did) -> tuple[int, int]:
         """Waiting (frames, bytes) of a repository."""
         return self.count(f"buffer/{did}/frames"), self.count(f"buffer/{did}/bytes")
 
-    def _count_buffer(self, did: Did, frames: int, size: int) -> None:
-        self.add(self._deltas, f"buffer/{did}/frames", frames)
-        self.add(self._deltas, f"buffer/{did}/bytes", size)
-        self.add(self._deltas, "buffer/frames", frames)
-        self.add(self._deltas, "buffer/bytes", size)
+    def unproven_size(self, did: Did) -> tuple[int, int]:
+        """Those (frames, bytes) of them for which nothing vouches."""
+        return self.count(f"buffer/{did}/unproven_frames"), self.count(f"buffer/{did}/unproven_bytes")
+
+    def _count_buffer(self, did: Did, frames: int, row: WaitingRow) -> None:
+        size = frames * len(row.data)
+        for prefix in ("buffer/", f"buffer/{did}/"):
+            self.add(self._deltas, prefix + "frames", frames)
+            self.add(self._deltas, prefix + "bytes", size)
+            if not row.vouched:
+                self.add(self._deltas, prefix + "unproven_frames", frames)
+                self.add(self._deltas, prefix + "unproven_bytes", size)
 
     def quarantine(self, source: str, seq: Seq, did: Did, reason: str, message: str, data: bytes) -> None:
         """Keep a refused frame for inspection; the oldest one goes when the ring is full."""

@@ -43,6 +43,8 @@ def limits_of(settings: Settings) -> Limits:
         ingest.buffer_frames_per_repo,
         ingest.buffer_kib_per_repo * 1024,
         ingest.buffer_mib * 1024 * 1024,
+        ingest.unproven_frames_per_repo,
+        ingest.unproven_mib * 1024 * 1024,
         store.quarantine_entries,
         store.quarantine_entry_kib * 1024,
         settings.gc.wipe_point_rows,

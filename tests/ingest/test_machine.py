@@ -179,7 +179,14 @@ def test_row_4_a_foreign_host_is_asked_about_once_and_then_refused() -> None:
     assert stale.row.work == Work.RESOLVE
     fresh = decide(SYNCED, commit(), Situation(NOW, authority=False, fresh=True, draining=True))
     assert outcome(fresh) == (Act.REJECT, "authority")
-    assert fresh.row == SYNCED
+    assert fresh.row == SYNCED._replace(work=int(Work.COMPARE_REV))
+
+
+@pytest.mark.parametrize("row", [8, 9, 10, 11])
+def test_what_no_identity_can_make_right_waits_for_none(row: int) -> None:
+    foreign = Situation(NOW, authority=False)
+    assert outcome(decide(SYNCED, refused(row, "car"), foreign)) == (Act.REJECT, "car")
+    assert decide(SYNCED, refused(row, "car"), foreign).row == SYNCED
 
 
 def test_ephemeral_any_proven_commit_is_a_base() -> None:

@@ -75,7 +75,10 @@ async def test_a_dropped_buffer_is_made_up_for_by_a_fetch_as_new_as_its_newest_f
         def step(tx: Transaction) -> tuple[list[Act], RepoRow, int]:
             tx.set_repo(forge.did, fetching)
             results = [arrive(node, tx, forge, parts, "ahead") for parts in ahead[:2]]
-            tx.buffer_frame(forge.did, forged.payload["rev"], "commit", "liar", forged.encode())
+            tx.buffer_frame(
+                forge.did, forged.payload["rev"], "commit", "liar", forged.encode(), vouched=False
+            )
+            results.append(arrive(node, tx, forge, ahead[2], "ahead"))
             results.append(arrive(node, tx, forge, late, "behind"))
             row = tx.repo(forge.did)
             assert row is not None
@@ -85,9 +88,9 @@ async def test_a_dropped_buffer_is_made_up_for_by_a_fetch_as_new_as_its_newest_f
             return [result.act for result in results], row, waiting
 
         acts, row, waiting = await node.writer.run("overflow", step)
-        assert acts == [Act.BUFFER] * 3
-        assert waiting == 0
-        assert (row.state, row.min_rev) == (SyncState.BACKFILLING, ahead[1].rev)
+        assert acts == [Act.BUFFER] * 4
+        assert waiting == 1  # what nobody vouches for has a place of its own
+        assert (row.state, row.min_rev) == (SyncState.BACKFILLING, ahead[2].rev)
 
 
 async def test_what_waited_for_a_fetch_that_is_not_needed_any_more_is_replayed(tmp_path: Path) -> None:

@@ -498,15 +498,15 @@ async def test_a_step_that_fails_costs_its_frame_and_a_fetch_and_nothing_else(
         assert node.db.count("backfill/done/ok") == 1
 
 
-async def test_a_full_buffer_is_dropped_and_the_repository_fetched(tmp_path: Path) -> None:
-    limits = {"buffer_frames_per_repo": 3}
+async def test_what_a_full_buffer_of_unproven_frames_had_no_room_for_is_fetched(tmp_path: Path) -> None:
+    limits = {"unproven_frames_per_repo": 3}
     async with world() as net, net.node(tmp_path, ingest=limits) as node:
         forge = net.account()
         known = net.network.documents.pop(forge.did)
         net.network.documents[forge.did] = {"status": 503, "doc": {}}
         net.send(forge.parts(), *(forge.posts(1) for _ in range(6)))
         await node.until(lambda: node.seqs() == [net.seq])
-        assert count(node, "drop/buffer_full") >= 1
+        assert count(node, "drop/unproven_full") >= 1
         net.store(forge)
         net.network.documents[forge.did] = known
         await node.until(lambda: holds(node, forge))
