@@ -47,6 +47,7 @@ from indexer.setting_groups import StreamSettings as StreamSettings
 from indexer.setting_groups import WriterSettings as WriterSettings
 from indexer.setting_groups import XrpcSettings as XrpcSettings
 from indexer.setting_values import CRAWLER_MODES as CRAWLER_MODES
+from indexer.setting_values import SUBSCRIBE as SUBSCRIBE
 from indexer.setting_values import (
     Directories,
     Folder,
@@ -59,7 +60,9 @@ from indexer.setting_values import parse_bind as parse_bind
 from indexer.setting_values import parse_crawler_source as parse_crawler_source
 from indexer.setting_values import parse_duration as parse_duration
 from indexer.setting_values import parse_host_rule as parse_host_rule
+from indexer.setting_values import parse_override as parse_override
 from indexer.setting_values import parse_tier as parse_tier
+from indexer.setting_values import upstream_address as upstream_address
 
 ENV_PREFIX = "INDEXER_"
 #: Settings that are never shown.

@@ -16,9 +16,9 @@ from indexer.setting_values import (
     Dids,
     Duration,
     HostRules,
-    Items,
     Networks,
     NsidPatterns,
+    Overrides,
     Proxies,
     Retention,
     Tiers,
@@ -92,7 +92,7 @@ class NetworkSettings(Section):
     allow_private: bool = Field(
         False, description="permit private, loopback and link-local addresses and http (local networks)"
     )
-    connect_to: Items = Field(
+    connect_to: Overrides = Field(
         [],
         description="`host:port=address:port` overrides (curl --connect-to), for tests and local networks",
     )

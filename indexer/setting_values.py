@@ -20,6 +20,8 @@ from indexer.atproto.syntax import check_did, check_nsid_pattern
 from indexer.errors import ConfigError, SyntaxInvalid
 
 _PDS_PREFIX: Final = "pds::"
+#: Path of the firehose below an upstream's address.
+SUBSCRIBE: Final = "/xrpc/com.atproto.sync.subscribeRepos"
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
@@ -67,6 +69,33 @@ def parse_bind(value: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def parse_override(value: str) -> tuple[tuple[str, int], tuple[str, int]]:
+    """The host and port of ``host:port=address:port``, and the address that is dialled in their place."""
+    source, _, target = value.partition("=")
+    try:
+        host, port = parse_bind(source)
+        address = parse_bind(target)
+        ip_address(address[0])
+    except ValueError:
+        raise ValueError(f"{value!r} is not host:port=address:port") from None
+    if _is_address(host):
+        raise ValueError(f"{value!r} must name a host on its left side")
+    return (host.lower(), port), address
+
+
+def _override(value: str) -> str:
+    parse_override(value)
+    return value
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(bind: str) -> bool:
     """Whether only this machine can reach the ``address:port``."""
     host, _ = parse_bind(bind)
@@ -104,9 +133,35 @@ def check_address(value: str, schemes: tuple[str, ...]) -> str:
     return value
 
 
+def upstream_address(value: str) -> str:
+    """The one spelling of a firehose's address: no default port, no capitals, no method's path behind it.
+
+    ValueError for what no upstream can be.
+    """
+    url = urlsplit(check_address(value, ("wss", "ws")))
+    if url.query or url.fragment or "?" in value:
+        raise ValueError(f"an upstream has no query, its cursor is set otherwise: {value[:120]!r}")
+    host = url.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    port = "" if url.port in (None, {"wss": 443, "ws": 80}[url.scheme]) else f":{url.port}"
+    path = url.path.rstrip("/").removesuffix(SUBSCRIBE).rstrip("/")
+    return f"{url.scheme}://{host}{port}{path}"
+
+
 def _upstream(value: str) -> str:
-    check_address(value.removeprefix(_PDS_PREFIX), ("wss", "ws"))
+    upstream_address(value.removeprefix(_PDS_PREFIX))
     return value
+
+
+def _upstreams_once(values: list[str]) -> list[str]:
+    """Refuses the same firehose twice: under two spellings it would be read, and counted, twice."""
+    known: dict[str, str] = {}
+    for value in values:
+        address = upstream_address(value.removeprefix(_PDS_PREFIX))
+        if address in known:
+            raise ValueError(f"{value!r} is the upstream {known[address]!r} once more")
+        known[address] = value
+    return values
 
 
 def _directory(value: str) -> str:
@@ -199,7 +254,8 @@ Bind = Annotated[str, BeforeValidator(_bind)]
 Folder = Annotated[Path, BeforeValidator(_path)]
 NsidPatterns = Annotated[Items, _each(check_nsid_pattern)]
 Dids = Annotated[Items, _each(check_did)]
-Upstreams = Annotated[Items, _each(_upstream)]
+Upstreams = Annotated[Items, _each(_upstream), AfterValidator(_upstreams_once)]
+Overrides = Annotated[Items, _each(_override)]
 Directories = Annotated[Items, _each(_directory)]
 Tiers = Annotated[Items, _each(_tier)]
 HostRules = Annotated[Items, _each(_host_rule)]

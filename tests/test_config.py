@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from indexer.commands.config import cautions
-from indexer.config import Settings, env_name, load, parse_duration, setting_names
+from indexer.config import Settings, env_name, load, parse_duration, setting_names, upstream_address
 from indexer.errors import ConfigError
 from tests.paths import ROOT
 
@@ -170,3 +170,40 @@ def test_every_setting_has_an_effect() -> None:
     text = "\n".join(sources)
     unused = [name for name in setting_names() if not re.search(rf"\.{name.rpartition('.')[2]}\b", text)]
     assert unused == []
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        "wss://relay.test/", "WSS://Relay.Test", "wss://relay.test:443", "pds::wss://relay.test",
+        "wss://relay.test/xrpc/com.atproto.sync.subscribeRepos",
+    ],
+)  # fmt: skip
+def test_an_upstream_is_named_once_however_it_is_spelt(again: str) -> None:
+    with pytest.raises(ConfigError, match="once more"):
+        load(overrides={"upstreams": ["wss://relay.test", again]}, environment=False)
+    assert upstream_address(again.removeprefix("pds::")) == "wss://relay.test"
+
+
+def test_an_upstream_has_no_query() -> None:
+    with pytest.raises(ConfigError, match="no query"):
+        load(overrides={"upstreams": ["wss://relay.test?cursor=1"]}, environment=False)
+    assert upstream_address("ws://[::1]:80/under/") == "ws://[::1]/under"
+    assert upstream_address("ws://[::1]:443") == "ws://[::1]:443"
+
+
+@pytest.mark.parametrize("value", ["a:b", "a:1=b:2", "127.0.0.1:1=127.0.0.1:2", "a:1"])
+def test_what_the_start_refuses_is_refused_here(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"network\.connect_to"):
+        load(overrides={"network": {"connect_to": [value]}}, environment=False)
+
+
+def test_settings_without_an_effect_are_told() -> None:
+    tables = {
+        "disk": {"soft_floor_mib": 1, "hard_floor_mib": 2},
+        "ephemeral": {"enabled": True},
+        "archive": {"cars": True},
+        "store": {"blocks": False},
+    }
+    told = cautions(load(overrides=tables, environment=False))
+    assert [text.split()[0] for text in told] == ["disk.soft_floor_mib", "archive.cars", "store.blocks"]

@@ -133,6 +133,15 @@ def cautions(settings: Settings) -> list[str]:
         found.append("upstreams is empty: no firehose is followed, repositories are only fetched on request")
     if not settings.plc_urls:
         found.append("plc_urls is empty: no did:plc can be resolved")
+    disk = settings.disk
+    if disk.soft_floor_mib < disk.hard_floor_mib:
+        found.append(
+            "disk.soft_floor_mib is below disk.hard_floor_mib: ingest stops before the backfill does"
+        )
+    if settings.ephemeral.enabled and settings.archive.cars:
+        found.append("archive.cars has no effect with ephemeral.enabled: nothing is fetched")
+    if settings.ephemeral.enabled and not settings.store.blocks:
+        found.append("store.blocks = false adds nothing to ephemeral.enabled, which keeps no blocks")
     return found
 
 

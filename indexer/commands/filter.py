@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from indexer.commands.client import Daemon, run_client, with_daemon
+from indexer.commands.client import Daemon, run_client, safe_text, with_daemon
+from indexer.errors import RequestError
 
 _FIELDS = ("mode", "signals", "collections", "excludes")
 
@@ -37,23 +38,34 @@ def show(daemon: Daemon, raw: bool) -> None:
 @filter_.command("set")
 @click.argument("field", type=click.Choice(_FIELDS))
 @click.argument("items", nargs=-1, metavar="[ITEM…]")
-@click.option("--add", "how", flag_value="add", help="Add the items to the list instead of replacing it.")
-@click.option("--drop", "how", flag_value="drop", help="Take the items off the list instead of replacing it.")
+@click.option("--add", "adds", is_flag=True, help="Add the items to the list instead of replacing it.")
+@click.option("--drop", "drops", is_flag=True, help="Take the items off the list instead of replacing it.")
 @click.option("--clear", is_flag=True, help="Empty the list.")
 @click.option("--purge", is_flag=True, help="Delete what is held and not kept any more.")
 @click.option("--json", "raw", is_flag=True, help="One line of JSON.")
 @with_daemon
 def set_(
-    daemon: Daemon, field: str, items: tuple[str, ...], how: str | None, clear: bool, purge: bool, raw: bool
+    daemon: Daemon,
+    field: str,
+    items: tuple[str, ...],
+    adds: bool,
+    drops: bool,
+    clear: bool,
+    purge: bool,
+    raw: bool,
 ) -> None:
     """Change one field: mode (full or filter), signals and collections (NSIDs, also ns.*), excludes (DIDs).
 
     Wider collections queue the repositories that they affect; narrower ones keep what is held unless --purge
     is given.
     """
-    change = _change(field, items, how, clear)
+    if adds and drops:
+        raise click.UsageError("--add and --drop are two commands")
+    change = _change(field, items, "add" if adds else "drop" if drops else None, clear)
 
     async def main() -> None:
+        if drops:
+            _expect(field, items, await daemon.manage("GET", "/filter"))
         answer = await daemon.manage("PATCH", f"/filter{'?purge=true' if purge else ''}", {field: change})
         _print(answer, raw=raw)
 
@@ -73,6 +85,12 @@ def _change(field: str, items: tuple[str, ...], how: str | None, clear: bool) ->
     if not items:
         raise click.UsageError(f"name at least one item of {field}, or --clear")
     return list(items) if how is None else dict.fromkeys(items, how == "add")
+
+
+def _expect(field: str, items: tuple[str, ...], now: Mapping[str, Any]) -> None:
+    """Refuses to take off a list what is not on it: it is probably misspelt."""
+    if missing := [item for item in items if item not in now[field]]:
+        raise RequestError(f"not in {field}: {safe_text(' '.join(missing))}")
 
 
 def _print(answer: Mapping[str, Any], *, raw: bool) -> None:

@@ -80,6 +80,39 @@ def add(daemon: Daemon, dids: tuple[str, ...], wait: bool, raw: bool) -> None:
     run_client(main())
 
 
+@repo.command()
+@click.argument("dids", nargs=-1, required=True, metavar="DID…")
+@click.option("--purge", is_flag=True, help="Delete what is held of them too.")
+@click.option("--json", "raw", is_flag=True, help="NDJSON.")
+@with_daemon
+def remove(daemon: Daemon, dids: tuple[str, ...], purge: bool, raw: bool) -> None:
+    """Follow repositories no longer; what is held stays, unless --purge is given."""
+    path = f"/repos{'?purge=true' if purge else ''}"
+    done = "followed no longer, what was held is deleted" if purge else "followed no longer"
+    run_client(_act_on(daemon, "DELETE", path, dids, done, "is not known here", raw=raw))
+
+
+@repo.command()
+@click.argument("dids", nargs=-1, required=True, metavar="DID…")
+@click.option("--json", "raw", is_flag=True, help="NDJSON.")
+@with_daemon
+def resync(daemon: Daemon, dids: tuple[str, ...], raw: bool) -> None:
+    """Fetch followed repositories again, before all others."""
+    run_client(_act_on(daemon, "POST", "/repos/resync", dids, "queued", "is not followed", raw=raw))
+
+
+async def _act_on(
+    daemon: Daemon, method: str, path: str, dids: tuple[str, ...], done: str, not_done: str, *, raw: bool
+) -> None:
+    """Has the daemon do something to repositories; those that it did nothing to are an error."""
+    wanted = list(dict.fromkeys(check_did(did) for did in dids))
+    acted = [item["did"] for item in await daemon.manage(method, path, [{"did": did} for did in wanted])]
+    for did in acted:
+        click.echo(json.dumps({"did": did}) if raw else f"{did} {done}")
+    if left := [did for did in wanted if did not in acted]:
+        raise RequestError("; ".join(f"{did} {not_done}" for did in left))
+
+
 def _problem(did: str, row: Mapping[str, Any] | None, *, waited: bool) -> str | None:
     """Why a repository was not added, or will not be synced."""
     if row is None or not row["tracked"]:

@@ -9,13 +9,13 @@ on the event loop.
 from __future__ import annotations
 
 import socket
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
-from indexer.config import NetworkSettings, parse_bind
+from indexer.config import NetworkSettings, parse_override
 from indexer.errors import ConfigError, UrlRefused
 
 _MAX_URL = 8192
@@ -98,19 +98,10 @@ def _private_problem(host: str, port: int) -> str | None:
 
 def parse_connect_to(items: list[str]) -> dict[tuple[str, int], tuple[str, int]]:
     """``host:port=address:port`` entries as a table; raises `ConfigError` naming a malformed one."""
-    table: dict[tuple[str, int], tuple[str, int]] = {}
-    for item in items:
-        source, equals, target = item.partition("=")
-        try:
-            host, port = parse_bind(source)
-            address = parse_bind(target)
-            ip_network(address[0])
-        except ValueError as error:
-            raise ConfigError(f"network.connect_to: {item!r} is not host:port=address:port") from error
-        if not equals or _is_literal(host):
-            raise ConfigError(f"network.connect_to: {item!r} must name a host on its left side")
-        table[host.lower(), port] = address
-    return table
+    try:
+        return dict(map(parse_override, items))
+    except ValueError as error:
+        raise ConfigError(f"network.connect_to: {error}") from error
 
 
 class GuardedResolver(AbstractResolver):

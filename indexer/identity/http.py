@@ -34,6 +34,8 @@ _PIECE = 1 << 18
 PROXY = "proxy"
 #: A ``ratelimit-reset`` from here on is a moment (Unix time), below it a number of seconds.
 _UNIX_TIMES_FROM = 1e9
+#: Nobody waits as long as some hosts ask; those who do wait have bounds of their own.
+_LONGEST_WAIT_S = 1e9
 _USER_AGENT = "atproto-indexer"
 
 
@@ -74,8 +76,8 @@ class StreamResponse(NamedTuple):
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """The ``retry-after`` header (seconds or a date) as seconds from now; None when absent or garbage."""
     value = headers.get("retry-after", "").strip()
-    if value.isascii() and value.isdigit() and len(value) < 10:
-        return float(value)
+    if value.isascii() and value.isdigit():
+        return min(float(value[:20]), _LONGEST_WAIT_S)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time())
     except (ValueError, TypeError, OverflowError):

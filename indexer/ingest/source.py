@@ -20,7 +20,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 from yarl import URL
 
 from indexer.atproto.types import Seq
-from indexer.config import IngestSettings, NetworkSettings
+from indexer.config import SUBSCRIBE as SUBSCRIBE
+from indexer.config import IngestSettings, NetworkSettings, upstream_address
 from indexer.errors import FrameError, UpstreamError, UrlRefused
 from indexer.identity.guard import check_url
 from indexer.identity.http import retry_after
@@ -28,7 +29,7 @@ from indexer.ingest.account import PDS_PREFIX
 
 log = structlog.get_logger()
 
-SUBSCRIBE = "/xrpc/com.atproto.sync.subscribeRepos"
+
 #: Wait before the first new attempt, in seconds; it doubles up to `ingest.reconnect_max`.
 FIRST_WAIT_S = 0.5
 #: Messages that the socket may hold for us before the peer is slowed down.
@@ -49,15 +50,23 @@ class Upstream(NamedTuple):
 
     @classmethod
     def of(cls, url: str, *, is_pds: bool) -> Upstream:
-        return cls.parse((PDS_PREFIX if is_pds else "") + url.rstrip("/"))
+        return cls.parse((PDS_PREFIX if is_pds else "") + _one_spelling(url))
 
     @classmethod
     def parse(cls, name: str) -> Upstream:
-        return cls(name, name.removeprefix(PDS_PREFIX).rstrip("/"))
+        return cls(name, _one_spelling(name.removeprefix(PDS_PREFIX)))
 
     @property
     def is_pds(self) -> bool:
         return self.name.startswith(PDS_PREFIX)
+
+
+def _one_spelling(url: str) -> str:
+    """The address as it is dialled and compared; one that was stored and is none stays as it is."""
+    try:
+        return upstream_address(url)
+    except ValueError:
+        return url.rstrip("/")
 
 
 class Sink(Protocol):

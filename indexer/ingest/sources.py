@@ -16,10 +16,11 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from indexer.atproto.types import Seq
-from indexer.config import check_address
+from indexer.config import upstream_address
 from indexer.errors import RequestError, StoreError, UrlRefused
 from indexer.identity.guard import check_url
 from indexer.ingest import revs, unheard
+from indexer.ingest.account import PDS_PREFIX
 from indexer.ingest.apply import Applier
 from indexer.ingest.controls import FIREHOSE, paused_parts
 from indexer.ingest.pipeline import Pipeline
@@ -277,7 +278,7 @@ class Sources:
 
     def _checked(self, url: str, *, is_pds: bool) -> Upstream:
         try:
-            check_address(url, ("wss", "ws"))
+            upstream_address(url)
         except ValueError as error:
             raise RequestError(f"url: {error}") from error
         if not url.isascii() or not url.isprintable():
@@ -304,8 +305,9 @@ class Sources:
 
     def find(self, url: str, is_pds: bool | None = None) -> Followed:
         """By name (``pds::wss://…``) or address; `RequestError` when there is none, or more than one."""
-        if url in self._all and is_pds is None:
-            return self._all[url]
+        named = self._all.get(PDS_PREFIX + url if is_pds else url)
+        if named is not None and is_pds in (None, named.pipeline.upstream.is_pds):
+            return named
         bare = Upstream.parse(url).url
         found = [
             item
@@ -316,7 +318,9 @@ class Sources:
             return found[0]
         if found:
             raise RequestError(f"{bare} is followed as a relay and as a PDS; say is_pds", status=409)
-        raise RequestError(f"no such upstream: {bare}", status=404, name="SourceNotFound")
+        others = [item.name for item in self._all.values() if item.pipeline.upstream.url == bare]
+        hint = f"; it is followed as {others[0]}" if others else ""
+        raise RequestError(f"no such upstream: {bare}{hint}", status=404, name="SourceNotFound")
 
     def status(self) -> list[dict[str, Any]]:
         """One entry for each upstream."""

@@ -64,11 +64,15 @@ def not_ready(services: Services) -> list[str]:
 
 
 def _unconnected(services: Services) -> list[str]:
-    """What `ingest.ready_sources` misses; upstreams that were switched off are not missed."""
+    """What `ingest.ready_sources` misses; of several upstreams, those switched off are not missed."""
     wanted = services.settings.ingest.ready_sources
-    if wanted == "none" or FIREHOSE in paused_parts(services.db):
+    if wanted == "none" or services.ingest is None:
         return []
+    if FIREHOSE in paused_parts(services.db):
+        return ["sources: the firehose is paused (PATCH /ingestion)"]
     sources = [source for source in sources_of(services) if source.get("enabled", True)]
+    if not sources:
+        return ['sources: no upstream is followed; ingest.ready_sources = "none" if that is meant']
     missing = [source for source in sources if not source["connected"]]
     if not missing or (wanted == "any" and len(missing) < len(sources)):
         return []

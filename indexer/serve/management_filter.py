@@ -93,6 +93,11 @@ def _patched_list(name: str, old: Collection[str], change: Any) -> list[str]:
     elif isinstance(change, dict) and all(isinstance(keep, bool) for keep in change.values()):
         kept = [item for item in old if change.get(item, True)]
         items = kept + [item for item, keep in change.items() if keep and item not in old]
+        if name == "collections" and old and not items:
+            raise RequestError(
+                "nothing would be left of collections, and an empty list keeps all of them; if that is meant,"
+                " replace it by [] (`indexer filter set collections --clear`)"
+            )
     else:
         raise RequestError(f"{name} must be a list, or an object of items to true (keep) or false (drop)")
     if not all(isinstance(item, str) for item in items):

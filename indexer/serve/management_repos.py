@@ -118,6 +118,12 @@ class RepoRoutes:
 
     async def resync(self, request: web.Request) -> web.StreamResponse:
         """Fetches followed repositories again; excluded ones are left out."""
+        if self._services.db.mode.ephemeral:
+            raise RequestError(
+                "nothing is fetched in ephemeral mode: a repository goes on with its next commit",
+                status=501,
+                name="NotSupported",
+            )
         wanted: list[Did] = []
         filters = self._services.current_filters()
         async for step in _paced(await read_dids(request)):

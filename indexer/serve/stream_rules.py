@@ -15,6 +15,7 @@ from indexer.serve.xrpc.params import Params
 MAX_COLLECTIONS = 100
 MAX_DIDS = 10_000
 _REMEMBERED_COLLECTIONS = 4096
+_PARAMETERS = ("cursor", "wantedCollections", "wantedDids", "compress")
 
 #: what a filter looks at: the DID, and the collection of record events ("" for the others)
 Key = tuple[str, str]
@@ -58,6 +59,8 @@ class StreamOptions(NamedTuple):
 
 def parse_options(params: Params) -> StreamOptions:
     """Options of a `/stream` request; raises `RequestError` naming the parameter."""
+    params.expect_only(_PARAMETERS)
+    params.expect_values("cursor")
     compress = params.optional("compress")
     if compress not in (None, "true", "false", "zstd"):
         raise RequestError("parameter compress must be zstd, true or false")

@@ -209,3 +209,33 @@ async def test_the_token_is_sent(tmp_path: Path, capsys: Output) -> None:
         assert await _call(node, "repo", "list") == 1
         assert "AuthenticationRequired" in capsys.readouterr().err
         assert await _call(node, "repo", "list", "--token", "s3cret") == 0
+
+
+async def test_repositories_are_left_purged_and_fetched_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running(tmp_path) as node:
+        await fill(node, ALICE, [f"{POST}/a"])
+        assert await _call(node, "repo", "resync", ALICE, BOB) == 1
+        told = capsys.readouterr()
+        assert f"{ALICE} queued" in told.out.splitlines()
+        assert f"{BOB} is not followed" in told.err
+        assert (row := node.services.db.repo(ALICE)) is not None
+        assert row.state is SyncState.DESYNCHRONIZED
+        assert await _call(node, "repo", "remove", ALICE) == 0
+        assert (row := node.services.db.repo(ALICE)) is not None
+        assert not row.tracked
+        assert [path for path, _ in node.services.db.records(ALICE)] == [f"{POST}/a"]
+        assert await _call(node, "repo", "remove", ALICE, "--purge", "--json") == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"did": ALICE}
+        assert not list(node.services.db.records(ALICE))
+        assert await _call(node, "repo", "remove", BOB) == 1
+        assert f"{BOB} is not known here" in capsys.readouterr().err
+
+
+async def test_nothing_is_fetched_again_in_ephemeral_mode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running(tmp_path, ephemeral={"enabled": True}) as node:
+        assert await _call(node, "repo", "resync", ALICE) == 1
+        assert "nothing is fetched in ephemeral mode" in capsys.readouterr().err

@@ -39,6 +39,18 @@ async def test_the_filter_is_shown_replaced_patched_and_purged(tmp_path: Path, c
         assert "queued       1 repositories" in capsys.readouterr().out
 
 
+async def test_taking_the_last_collection_off_does_not_keep_all_of_them(
+    tmp_path: Path, capsys: Output
+) -> None:
+    async with running(tmp_path, filter={"collections": [POST]}) as node:
+        assert await _call(node, "filter", "set", "collections", POST, "--drop") == 1
+        assert "--clear" in capsys.readouterr().err
+        assert node.services.db.filters() == []
+        assert await _call(node, "filter", "set", "collections", LIKE, "--add") == 0
+        assert await _call(node, "filter", "set", "collections", POST, "--drop") == 0
+        assert "collections  app.bsky.feed.like" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "why"),
     [
@@ -49,6 +61,8 @@ async def test_the_filter_is_shown_replaced_patched_and_purged(tmp_path: Path, c
         (["mode", "half"], 1, "mode must be"),
         (["collections", "nonsense"], 1, "pattern"),
         (["excludes", "alice"], 1, "DID"),
+        (["signals", POST, "--add", "--drop"], 2, "two commands"),
+        (["signals", POST, LIKE, "--drop"], 1, f"not in signals: {POST} {LIKE}"),
     ],
 )
 async def test_what_is_wrong_is_said(

@@ -68,6 +68,8 @@ async def test_what_is_wrong_with_an_upstream_is_one_line(tmp_path: Path, capsys
             (("add", "ws://127.0.0.1:9", "--cursor", "soon"), "oldest or live"),
             (("remove", "ws://127.0.0.1:10"), "no such upstream"),
             (("cursor", "ws://127.0.0.1:9", "accept"), "numbering"),
+            (("add", "ws://127.0.0.1:8?x=1"), "no query"),
+            (("remove", "pds::ws://127.0.0.1:9"), "it is followed as ws://127.0.0.1:9"),
         ):
             assert await call(node, "source", *arguments) == 1
             error = capsys.readouterr().err

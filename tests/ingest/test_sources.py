@@ -283,3 +283,17 @@ async def test_a_fault_of_ours_at_the_intake_does_not_hold_an_upstream_up(
         assert node.db.count(f"ingest/{name}/reject/intake") == 1
         (row,) = (row for _, row in node.db.scan(QUARANTINE))
         assert (row.reason, row.message) == ("intake", "ZeroDivisionError: a fault of ours")
+
+
+async def test_another_spelling_is_no_other_upstream(tmp_path: Path) -> None:
+    name = "pds::ws://LOCALHOST:9/"  # as the settings have it, and the stored cursor
+    async with Node(tmp_path, {"upstreams": [name]}) as node:
+        sources = node.ingest.sources
+        for url in ("ws://localhost:9", "ws://localhost:9/xrpc/com.atproto.sync.subscribeRepos"):
+            added = await sources.add(url, is_pds=True, cursor=5)
+            assert (added.name, added.new) == (name, False)
+        assert node.db.cursor(f"upstream/{name}") == 5
+        assert sources.find("ws://LOCALHOST:9/", True).name == name
+        with pytest.raises(RequestError, match="it is followed as pds::"):
+            sources.find("ws://localhost:9", False)
+        assert (await sources.add("WS://LocalHost:10/", is_pds=False)).name == "ws://localhost:10"

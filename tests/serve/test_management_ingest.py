@@ -144,7 +144,7 @@ async def test_parts_are_paused_over_restarts(tmp_path: Path) -> None:
             assert await node.call("PATCH", "/ingestion", off) == (200, {"crawler": True, **off})
             assert await node.sources("?running=true") == []
             assert node.daemon.backfill.status()["paused"] == "operator"
-            assert await node.ready() == (200, [])  # what was switched off is not missed
+            assert await node.ready() == (503, ["sources: the firehose is paused (PATCH /ingestion)"])
         upstream.cursors.clear()
         async with managed(tmp_path, [upstream.url]) as node:
             assert paused_parts(node.daemon.db) == {"firehose", "backfill"}
@@ -193,6 +193,14 @@ async def test_without_a_connection_the_daemon_is_not_ready(tmp_path: Path) -> N
     async with managed(tmp_path, ["ws://127.0.0.1:9"]) as node:
         assert (await node.ready())[0] == 503
     async with managed(tmp_path, ["ws://127.0.0.1:9"], ingest={"ready_sources": "none"}) as node:
+        assert await node.ready() == (200, [])
+
+
+async def test_who_follows_nothing_is_not_ready(tmp_path: Path) -> None:
+    async with managed(tmp_path, []) as node:
+        status, (reason,) = await node.ready()
+        assert (status, reason.split(";")[0]) == (503, "sources: no upstream is followed")
+    async with managed(tmp_path, [], ingest={"ready_sources": "none"}) as node:
         assert await node.ready() == (200, [])
 
 

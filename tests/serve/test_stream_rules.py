@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from urllib.parse import parse_qsl
+
 import pytest
+from multidict import MultiDict
 from websockets.frames import Frame
 from websockets.streams import StreamReader
 
+from indexer.errors import RequestError
 from indexer.serve import stream_format as wire
-from indexer.serve.stream_rules import EventFilter, SlowRule, Start, start_position
+from indexer.serve.stream_rules import EventFilter, SlowRule, Start, parse_options, start_position
+from indexer.serve.xrpc.params import Params
 
 
 @pytest.mark.parametrize(
@@ -77,3 +82,15 @@ def test_frames_are_what_a_websocket_parser_reads(size: int) -> None:
     frame = stop.value.value
     assert (frame.opcode, frame.data, frame.fin) == (1, payload, True)
     assert reader.buffer == b""
+
+
+@pytest.mark.parametrize(
+    ("query", "why"),
+    [
+        ("cursor=", "parameter cursor is empty"),
+        ("cursor=1&wantedColections=a.b.c", "unknown parameter wantedColections"),
+    ],
+)
+def test_what_would_silently_mean_something_else_is_refused(query: str, why: str) -> None:
+    with pytest.raises(RequestError, match=why):
+        parse_options(Params(MultiDict(parse_qsl(query, keep_blank_values=True))))

@@ -5,7 +5,7 @@ Every failure is a 400 `InvalidRequest` that names the parameter. Pure; any thre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Protocol
 
 from indexer.errors import RequestError, SyntaxInvalid
@@ -15,6 +15,8 @@ Check = Callable[[str], str]
 
 class _Query(Protocol):
     def getall(self, key: str, default: list[str], /) -> Sequence[str]: ...
+
+    def __iter__(self) -> Iterator[str]: ...
 
 
 class Params:
@@ -49,6 +51,16 @@ class Params:
         if not low <= value <= high:
             raise RequestError(f"parameter {name} must be a whole number from {low} to {high}")
         return value
+
+    def expect_only(self, known: Collection[str]) -> None:
+        """Refuses parameters of other names: one that is misspelt would count as absent."""
+        if unknown := sorted(set(self._query) - set(known)):
+            raise RequestError(f"unknown parameter {unknown[0][:80]}; there are {', '.join(known)}")
+
+    def expect_values(self, name: str) -> None:
+        """Refuses an empty value of a parameter, where it must not count as absent."""
+        if not all(self._query.getall(name, [])):
+            raise RequestError(f"parameter {name} is empty")
 
     def optional_integer(self, name: str) -> int | None:
         """A whole number that is not negative, None when it is absent."""
