@@ -1,24 +1,24 @@
 """Retention: watermarks, and the prune of everything below them; sweeps wiped lives in between.
 
-A watermark says which event id was next at a time. A pass prunes everything below the newest one
-that is older than the retention: references are released through the log, events go, the floor
-moves, one batch a step. All of it resumes where a kill left it. On the writer's loop.
+A watermark says which event id was next at a time of the log's own clock, which nobody sets. A pass prunes
+everything below the newest one that is older than the retention: references are released through the log,
+events go, the floor moves, one batch a step. All of it resumes where a kill left it. On the writer's loop.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NamedTuple
-
-import structlog
 
 from indexer.atproto.types import EventId, Micros
 from indexer.config import Settings
 from indexer.errors import StoreCorrupt
 from indexer.store.codecs import after_prefix, decode_event, encode_u64
 from indexer.store.database import Database
-from indexer.store.keyspaces import CURSORS, EVENTS, FLOOR, WATERMARK
+from indexer.store.keyspaces import CURSORS, EVENTS, FLOOR, LOG_CLOCK, WATERMARK
+from indexer.store.log_clock import LogClock, uptime_us
 from indexer.store.sweep import At, Sweeper, log_at
 from indexer.store.transaction import Transaction
 from indexer.store.worker import Worker
@@ -26,8 +26,6 @@ from indexer.store.writer import Writer
 
 _MARKS_PER_RETENTION: Final = 1024  # so exact is a prune, and so few are the marks
 _MARKS_AT_ONCE: Final = 1024
-
-log = structlog.get_logger(__name__)
 
 
 class Watermark(NamedTuple):
@@ -59,8 +57,12 @@ class RetentionWorker(Worker):
 
     name = "retention"
 
-    def __init__(self, db: Database, writer: Writer, settings: Settings) -> None:
+    def __init__(
+        self, db: Database, writer: Writer, settings: Settings, *, uptime: Callable[[], Micros] = uptime_us
+    ) -> None:
         super().__init__(db, writer, settings.gc)
+        self._clock = LogClock(db, writer.state.boot, uptime)
+        self._stored = 0  # the clock's last time on disk
         retention_s = settings.events.retention
         self._retention_us = None if retention_s is None else int(retention_s * 1_000_000)
         self._sweeper = Sweeper(
@@ -118,20 +120,19 @@ class RetentionWorker(Worker):
         return found[0] if found else None
 
     def _mark(self, retention_us: Micros, tx: Transaction) -> Micros:
-        """Write a watermark, unless the last one is as good; returns the time."""
-        now = tx.now_us
-        last = next(iter(self.watermarks(newest=True, limit=1)), None)
-        if last is not None and last.time > now:
-            # The clock went back. A mark in the future would keep everything until that future.
-            ahead = self.watermarks(now + 1, limit=_MARKS_AT_ONCE)
-            log.warning("watermarks_in_the_future", marks=len(ahead), newest=last.time, now=now)
-            for mark in ahead:
+        """Write a watermark, unless the last one is as good; returns the log's time."""
+        now, began = self._clock.now(tx.now_us), self._clock.is_new
+        if began:  # what came before it knows was marked by a clock that anybody could set
+            for mark in self.watermarks():
                 tx.set_cursor(mark.cursor, None)
-        elif last is not None and (
-            last.next >= tx.next_event or now - last.time < max(1, retention_us // _MARKS_PER_RETENTION)
-        ):
-            return now
-        tx.set_cursor(Watermark(now, tx.next_event).cursor, tx.next_event)
+        spacing = max(1, retention_us // _MARKS_PER_RETENTION)
+        last = None if began else next(iter(self.watermarks(newest=True, limit=1)), None)
+        marks = last is None or (last.next < tx.next_event and now - last.time >= spacing)
+        if marks:
+            tx.set_cursor(Watermark(now, tx.next_event).cursor, tx.next_event)
+        if marks or began or now - self._stored >= spacing:
+            tx.set_cursor(LOG_CLOCK, self._clock.row(now))
+            self._stored = now
         return now
 
     # ---- prune

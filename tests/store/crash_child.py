@@ -106,7 +106,7 @@ async def main(folder: Path, point: str, count: int) -> None:
     workers = (
         CheckpointWorker(db, writer, settings.gc),
         BlocksGcWorker(db, writer, settings.gc),
-        RetentionWorker(db, writer, settings),
+        RetentionWorker(db, writer, settings, uptime=clock),
     )
     start = (db.cursor("upstream") or 0) + 1
     choice = random.Random(start)

@@ -96,7 +96,7 @@ class Child:
         self.workers: list[Worker] = [
             CheckpointWorker(self.db, self.writer, gc),
             BlocksGcWorker(self.db, self.writer, gc),
-            RetentionWorker(self.db, self.writer, settings()),
+            RetentionWorker(self.db, self.writer, settings(), uptime=self.clock),
             self.archives,
         ]
         self.in_flight = 0

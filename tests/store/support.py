@@ -109,11 +109,13 @@ async def opened(
     *,
     mode: Mode | None = None,
     clock: Callable[[], int] = clock_us,
+    uptime: Callable[[], int] | None = None,
     boot: str = "boot-1",
     clean: bool = True,
     **tables: Any,
 ) -> AsyncIterator[Store]:
-    """An open store; ``clean=False`` leaves without the shutdown mark, as a kill does."""
+    """An open store; ``clean=False`` leaves without the shutdown mark, as a kill does. Time passes with
+    ``uptime``, with the ``clock`` when that is not given."""
     settings = settings_of(**tables)
     db = Database.open(path / "db", memory_mib=32, mode=mode)
     try:
@@ -126,7 +128,7 @@ async def opened(
                 EventLog(db, writer),
                 CheckpointWorker(db, writer, settings.gc),
                 BlocksGcWorker(db, writer, settings.gc),
-                RetentionWorker(db, writer, settings),
+                RetentionWorker(db, writer, settings, uptime=uptime or clock),
             )
         finally:
             if clean:

@@ -20,7 +20,6 @@ from tests.store.support import ALICE, BOB, POST, Clock, Store, block_of, cid_of
 
 DELETED = AccountStatus.DELETED
 DAY = 86_400
-YEARS = 3 * 365 * DAY
 
 
 # ---- closing
@@ -174,25 +173,6 @@ async def test_a_pass_reads_no_more_than_the_marks_that_it_needs(
         monkeypatch.setattr(Database, "raw_scan", counted)
         await store.retention.run_once()
         assert read.count("cursors") <= 2
-
-
-async def test_a_clock_that_went_back_stops_no_prune(tmp_path: Path) -> None:
-    clock = Clock()
-    async with opened(tmp_path, clock=clock, events={"retention": 100}) as store:
-        await store.put(ALICE, "a.b.c/1", "x")
-        await store.retention.run_once()
-        clock.forward(YEARS)
-        for number in (2, 3):
-            await store.put(ALICE, f"a.b.c/{number}", "x")
-            await store.retention.run_once()
-            clock.forward(10)
-        clock.forward(-YEARS)
-        await store.put(ALICE, "a.b.c/4", "x")
-        await store.retention.run_once()
-        assert [mark.next for mark in store.retention.watermarks()] == [5]
-        clock.forward(101)
-        assert (await store.retention.run_once()).floor == 5
-        store.assert_clean()
 
 
 async def test_a_prune_is_made_while_a_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
