@@ -98,6 +98,7 @@ class Resolver:
         await self._handles.close()
 
     async def _fetch(self, did: Did) -> Identity:
+        asked_at = int(time() * 1_000_000)
         document = await self._documents.fetch(did)
         if document.signing_key is None:
             raise IdentityGone(f"{did}: its DID document has no usable #atproto key")
@@ -110,7 +111,6 @@ class _Flights(Generic[T]):
     """A cache in front of ``fetch`` in which one request serves everybody who asks meanwhile."""
 
     def __init__(
-        asked_at = int(time() * 1_000_000)
         self,
         fetch: Callable[[str], Awaitable[T]],
         limits: IdentitySettings,
