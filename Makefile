@@ -11,7 +11,7 @@ SHELL := /bin/sh
 
 define with_python
 	@python=$$(PYTHON="$(PYTHON)" sh .ci/interpreter $(1)) || exit 1; \
-	echo "python -m $(strip $(2) $(ARGS))"; exec "$$python" -m $(strip $(2) $(ARGS))
+	echo "$$python -m $(strip $(2) $(ARGS))"; exec "$$python" -m $(strip $(2) $(ARGS))
 endef
 
 # Watch the indexer follow a simulated network on this machine; no internet needed.

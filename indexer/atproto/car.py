@@ -18,6 +18,9 @@ from indexer.atproto.dagcbor import decode, encode
 from indexer.atproto.types import Cid
 from indexer.errors import CarError, DagCborError
 
+#: CBOR's major type of a header, and how much of what is none is shown.
+_MAP: Final = 5
+_SHOWN_BYTES: Final = 40
 _MAX_VARINT_BYTES: Final = 9
 _PREFIXES: Final = (DAG_CBOR_PREFIX, RAW_PREFIX)
 
@@ -68,12 +71,21 @@ def read_header(data: bytes | mmap, limits: Limits = DEFAULT_LIMITS) -> tuple[tu
         raise CarError(f"CAR header of {length} bytes at offset 0, more than {limits.max_header}")
     end = start + length
     if end > len(data):
-        raise CarError(f"CAR ends inside its header, at {len(data)} of {end} bytes", reason="car_truncated")
+        raise _cut_header(bytes(data[: start + _SHOWN_BYTES]), start, f"at {len(data)} of {end} bytes")
     return parse_header(data[start:end]), end
+
+
+def _cut_header(begin: bytes, start: int, where: str) -> CarError:
+    """What is wrong with a file that ends before the header's end, where ``start`` is the header's begin."""
+    if len(begin) > start and begin[start] >> 5 != _MAP:
+        return CarError(f"no CAR: it begins with {begin[:_SHOWN_BYTES]!r}", reason="car_truncated")
+    return CarError(f"CAR ends inside its header, {where}", reason="car_truncated")
 
 
 def parse_header(header: bytes) -> tuple[Cid, ...]:
     """The roots named by a CARv1 header. The first must be a CID of our kind; the others may be anything."""
+    if header and header[0] >> 5 != _MAP:
+        raise CarError(f"no CAR: its header would begin with {header[:_SHOWN_BYTES]!r}")
     try:
         value = decode(header)
         if encode(value) != header:
@@ -211,7 +223,7 @@ class CarSplitter:
     def close(self) -> None:
         """Raise `CarError` unless the archive ended where a section ended."""
         if self.roots is None:
-            raise CarError(f"CAR ends inside its header, at {self.size} bytes", reason="car_truncated")
+            raise _cut_header(bytes(self._buffer), 1, f"at {self.size} bytes")
         if self._buffer:
             raise CarError(
                 f"CAR ends inside the section at offset {self._offset}: {len(self._buffer)} bytes of it",

@@ -328,8 +328,12 @@ class Sources:
 
     def describe(self, followed: Followed) -> dict[str, Any]:
         """What is known of one."""
+        status = followed.pipeline.status()
+        if followed.enabled and not status["connected"] and not self._tools.space.is_set():
+            floor = self._tools.settings.disk.hard_floor_mib
+            status["error"] = f"the disk is nearly full: ingest needs {floor} MiB (disk.hard_floor_mib)"
         return {
-            **followed.pipeline.status(),
+            **status,
             "persisted": not followed.from_settings,
             "enabled": followed.enabled,
             "running": followed.running,

@@ -145,7 +145,7 @@ def header_of(value: Any) -> bytes:
     [
         (b"\x00", "header"),
         (b"\x01\xff", "header"),
-        (header_of([]), "roots and version"),
+        (header_of([]), "no CAR"),
         (header_of({"version": 1}), "roots and version"),
         (header_of({"version": 1, "roots": [], "x": 1}), "roots and version"),
         (header_of({"version": 2, "roots": []}), "version 2"),
@@ -172,6 +172,13 @@ def test_empty() -> None:
         read_car(b"")
     with pytest.raises(CarError, match="ends inside its header"):
         split(b"")
+
+
+@pytest.mark.parametrize("page", [b"<html>It works!</html>", b'{"error":"no"}', b"<!doctype html>" * 20])
+def test_what_is_no_car_at_all_is_told_as_that(page: bytes) -> None:
+    for read in (read_car, split):
+        with pytest.raises(CarError, match="^no CAR: "):
+            read(page)
 
 
 def test_every_cut_is_an_error_unless_it_falls_between_sections() -> None:

@@ -297,3 +297,10 @@ async def test_another_spelling_is_no_other_upstream(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="it is followed as pds::"):
             sources.find("ws://localhost:9", False)
         assert (await sources.add("WS://LocalHost:10/", is_pds=False)).name == "ws://localhost:10"
+
+
+async def test_without_room_on_the_disk_an_upstream_says_what_it_waits_for(tmp_path: Path) -> None:
+    name = "ws://127.0.0.1:9"
+    async with Node(tmp_path, {"upstreams": [name], "disk": {"hard_floor_mib": 1 << 40}}) as node:
+        await node.until(lambda: not node.ingest._space.is_set())
+        assert of(node, name)["error"].startswith("the disk is nearly full: ")
