@@ -216,10 +216,7 @@ class Applier:
         row = self._followed(tx, frame.did)
         if row is None:
             return _UNWANTED
-        trusted = has_authority(source, row.pds)
-        if trusted:
-            self._tools.resolver.purge(frame.did)
-        self._tools.hint(frame.did, urgent=trusted)
+        self._tools.hint(frame.did)
         self.store(tx, frame.did, row, row._replace(work=row.work | Work.RESOLVE))
         return Result(Act.APPLY, "identity")
 
