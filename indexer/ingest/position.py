@@ -17,6 +17,7 @@ import structlog
 from indexer.atproto.types import Micros, Seq
 from indexer.errors import UpstreamError
 from indexer.ingest import revs
+from indexer.ingest.account import micros_of
 from indexer.ingest.tools import IngestTools
 from indexer.store.transaction import Transaction
 
@@ -44,6 +45,18 @@ def cursor_name(upstream: str) -> str:
 def time_name(upstream: str) -> str:
     """The row of `cursors` that holds the time of the message at the cursor."""
     return f"upstream_time/{upstream}"
+
+
+def batch_time(times: list[str], now_s: float) -> Micros:
+    """The time to store for a batch: its messages' middle one (of two the earlier), 0 without any.
+
+    Whoever wrote a message may lie about its time. One alone among others decides nothing, and none can
+    say that the stream is ahead of us, after which no loss would be seen.
+    """
+    if not times:
+        return 0
+    told = sorted(map(micros_of, times))
+    return min(told[(len(told) - 1) // 2], int(now_s * 1e6))
 
 
 class Position:

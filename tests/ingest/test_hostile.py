@@ -214,8 +214,9 @@ async def test_the_stored_time_is_the_batch_s_own(tmp_path: Path) -> None:
     async with world() as net, net.node(tmp_path) as node:
         pipeline, batch = node.ingest.sources.find(node.settings.upstreams[0]).pipeline, Batch()
         time = "2026-01-01T00:00:00Z"
+        times = (time, time, "9999-12-31T00:00:00Z", "")  # a lie says nothing beside others
         result = Result(Act.DROP, "unwanted")
-        batch.messages = [Message(5, "", b"", when, lambda _tx, _verdict: result) for when in (time, "")]
+        batch.messages = [Message(5, "", b"", when, lambda _tx, _verdict: result) for when in times]
         pipeline._last_time = "2026-01-02T00:00:00Z"  # received, not yet committed
         await pipeline._submit(batch, [])
         await node.until(lambda: node.db.cursor(pipeline.position.time_name) == micros_of(time))

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from indexer.errors import RequestError
+from indexer.ingest.account import micros_of
+from indexer.ingest.position import batch_time
 from indexer.ingest.revs import ROWS
 from indexer.simulator.wire import error_frame, frame, info_frame, timestamp
 from indexer.store.keyspaces import CURSORS
@@ -148,6 +150,17 @@ async def test_a_jump_in_numbers_and_in_time_is_a_possible_loss(
             await upstream.drop()
             await node.until(stored(node, upstream, 60))
             assert notes(node, upstream) == ({"possible_loss": 1} if lost else {})
+
+
+def test_the_time_of_a_batch_is_its_middle_one_and_never_in_the_future() -> None:
+    def at(minute: int) -> str:
+        return f"2026-11-21T10:{minute:02d}:00Z"
+
+    now_s = micros_of(at(30)) / 1e6
+    assert batch_time([], now_s) == 0
+    assert batch_time(["9999-12-31T00:00:00Z"], now_s) == micros_of(at(30))
+    assert batch_time([at(1), "9999-12-31T00:00:00Z"], now_s) == micros_of(at(1))
+    assert batch_time([at(1), "0001-01-01T00:00:00Z", at(2)], now_s) == micros_of(at(1))
 
 
 async def test_an_outdated_cursor_is_told_and_the_window_taken(tmp_path: Path) -> None:
