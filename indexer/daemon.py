@@ -117,6 +117,7 @@ class Daemon:
             self.db, self.writer, workers, resolver, http, settings,
             drain=self.ingest.drain, woken=self.ingest.wake, archives=archives, bans=self.ingest.bans,
         )  # fmt: skip
+        self.ingest.share_hosts(self.backfill.tools.hosts)
         self.crawler = Crawler(
             self.db, self.writer, http, resolver, self.backfill.tools.hosts, self.ingest, settings
         )

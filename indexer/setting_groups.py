@@ -16,6 +16,7 @@ from indexer.setting_values import (
     Dids,
     Duration,
     HostRules,
+    Items,
     Networks,
     NsidPatterns,
     Overrides,
@@ -108,11 +109,23 @@ class IdentitySettings(Section):
     max_body_kib: int = Field(64, ge=1, description="largest DID document")
     concurrency: int = Field(32, ge=1, description="resolutions at one time")
     dns_timeout: Duration = Field(3.0, gt=0, description="time for one DNS question")
-    web_requests_per_s: float = Field(5.0, gt=0, description="requests a second to one did:web host")
+    web_requests_per_s: float = Field(
+        5.0, gt=0, description="requests a second to one host, for did:web documents and handles"
+    )
+    domain_requests_per_s: float = Field(
+        20.0, gt=0, description="the same to all hosts of one registered domain, and its name servers"
+    )
+    shared_domains: Items = Field(
+        ["bsky.social"], description="domains under which so many have handles that only hosts are paced"
+    )
+    web_tries: int = Field(
+        20, ge=1, description="failures in a row after which a did:web that was never known is given up"
+    )
 
 
 class PlcSettings(Section):
     max_requests_per_s: float = Field(50.0, gt=0, description="requests a second to a PLC directory")
+    max_pause: Duration = Field(60.0, description="longest pause that a directory may ask for by Retry-After")
     failover_time: Duration = Field(
         60.0, description="how long a directory that gave no answer is asked after the others"
     )
@@ -195,9 +208,14 @@ class IngestSettings(Section):
         5.0, description="how long a new account's first commit is awaited before its repository is fetched"
     )
     refresh_interval: Duration = Field(
-        10.0, description="shortest time between two questions about one account that bad frames cause"
+        10.0, description="shortest time between two questions about one account, and to one handle"
     )
     work_repos: int = Field(100_000, ge=1, description="repositories with due work that are kept in memory")
+    work_retry_min: Duration = Field(1.0, gt=0, description="first wait after a question that failed")
+    work_retry_max: Duration = Field(300.0, gt=0, description="longest wait after a question that failed")
+    host_questions: int = Field(
+        4, ge=1, description="questions at one time to one host about its accounts; twice as many to a domain"
+    )
 
 
 class BackfillSettings(Section):

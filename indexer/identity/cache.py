@@ -52,16 +52,24 @@ class TtlCache(Generic[K, V]):
 
 
 class Pace:
-    """At most ``per_s`` requests a second, evenly spaced; `pause` holds everyone back for a while."""
+    """At most ``per_s`` requests a second, evenly spaced; `pause` holds everyone back for a while.
 
-    def __init__(self, per_s: float) -> None:
+    ``burst`` requests may follow at once on a time of rest.
+    """
+
+    def __init__(self, per_s: float, *, burst: float = 1.0) -> None:
         self._interval = 1.0 / per_s
+        self._ahead = max(0.0, burst - 1.0) * self._interval
         self._next = 0.0
+
+    def wait_s(self) -> float:
+        """Seconds until the next turn."""
+        return max(0.0, self._next - monotonic())
 
     async def wait(self) -> None:
         """Returns when it is the caller's turn."""
         now = monotonic()
-        turn = max(now, self._next)
+        turn = max(now - self._ahead, self._next)
         self._next = turn + self._interval
         if turn > now:
             await asyncio.sleep(turn - now)

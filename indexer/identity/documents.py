@@ -25,12 +25,10 @@ from indexer.errors import (
     IdentityUnavailable,
     UrlRefused,
 )
-from indexer.identity.cache import Pace, TtlCache
-from indexer.identity.http import HttpClient, Response
+from indexer.identity.cache import Pace
+from indexer.identity.http import Dial, HttpClient, Response
+from indexer.identity.paces import HostPaces
 
-#: Longest time that one answer of a directory can hold back the next request, in seconds.
-_MAX_PAUSE_S = 60.0
-_WEB_HOSTS, _WEB_PACE_S = 4096, 60.0
 _plc = re.compile(r"did:plc:[a-z2-7]{24}").fullmatch
 _local_web = re.compile(r"localhost(?:%3[aA]([1-9][0-9]{0,4}))?").fullmatch
 _HEADERS = {"Accept": "application/did+ld+json, application/json"}
@@ -51,7 +49,12 @@ class DocumentSource:
     """Asks for one document at a time; raises `IdentityGone` or `IdentityUnavailable`."""
 
     def __init__(
-        self, http: HttpClient, settings: Settings, *, clock: Callable[[], float] = monotonic
+        self,
+        http: HttpClient,
+        settings: Settings,
+        paces: HostPaces,
+        *,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self._http = http
         self._clock = clock
@@ -59,29 +62,23 @@ class DocumentSource:
         self._max_bytes = settings.identity.max_body_kib * 1024
         self._directories = [_Directory(url, settings.plc.max_requests_per_s) for url in settings.plc_urls]
         self._failover_time = settings.plc.failover_time
-        self._permits = asyncio.Semaphore(settings.identity.concurrency)
-        self._web_per_s = settings.identity.web_requests_per_s
-        self._host_paces: TtlCache[str, Pace] = TtlCache(_WEB_HOSTS)
+        # Apart: hosts that take their time hold up no account of a directory.
+        self._plc_permits = asyncio.Semaphore(settings.identity.concurrency)
+        self._web_permits = asyncio.Semaphore(settings.identity.concurrency)
+        self._max_pause_s = settings.plc.max_pause
+        self._paces = paces
 
     async def fetch(self, did: Did) -> DidDocument:
         """The document of ``did``, known to be its own."""
         if did.startswith("did:plc:"):
             return await self._fetch_plc(did)
         url = web_url(did, allow_local=self._allow_private)
-        await self._host_pace(did).wait()
         try:
-            return self._document(did, await self._get(did, url))
+            return self._document(did, await self._get(did, url, self._web_permits, self._paces.dial))
         except UrlRefused as error:
             # A host that leads somewhere else has not answered; one that is not public never will.
             redirected = bool(error.url)
             raise (IdentityUnavailable if redirected else IdentityGone)(f"{did}: {error}") from error
-
-    def _host_pace(self, did: Did) -> Pace:
-        pace = self._host_paces.get(did)
-        if pace is None:
-            pace = Pace(self._web_per_s)
-            self._host_paces.put(did, pace, _WEB_PACE_S)
-        return pace
 
     async def _fetch_plc(self, did: Did) -> DidDocument:
         """From the first directory that answers; a no of one is final, nonsense is no answer."""
@@ -101,18 +98,20 @@ class DocumentSource:
 
     async def _ask(self, directory: _Directory, did: Did) -> DidDocument:
         await directory.pace.wait()
-        response = await self._get(did, f"{directory.url}/{did}")
+        response = await self._get(did, f"{directory.url}/{did}", self._plc_permits)
         if response.status == 429:
             asked = response.retry_after
-            directory.pace.pause(min(1.0 if asked is None else asked, _MAX_PAUSE_S))
+            directory.pace.pause(min(1.0 if asked is None else asked, self._max_pause_s))
         document = self._document(did, response)
         directory.last_until = 0.0
         return document
 
-    async def _get(self, did: Did, url: str) -> Response:
+    async def _get(
+        self, did: Did, url: str, permits: asyncio.Semaphore, before: Dial | None = None
+    ) -> Response:
         try:
-            async with self._permits:
-                return await self._http.get(url, max_bytes=self._max_bytes, headers=_HEADERS)
+            async with permits:
+                return await self._http.get(url, max_bytes=self._max_bytes, headers=_HEADERS, before=before)
         except (FetchTransient, FetchRefused) as error:
             raise IdentityUnavailable(f"{did}: {error}") from error
 
@@ -137,6 +136,8 @@ def web_url(did: Did, *, allow_local: bool) -> str:
         raise IdentityGone(f"the DID method is not supported: {did[:80]!r}")
     if local is not None and allow_local:
         return f"http://localhost:{local[1] or 80}/.well-known/did.json"
+    if host != host.lower():  # or one host would have as many accounts as it has spellings
+        raise IdentityGone(f"a did:web must be in lower case: {did[:80]!r}")
     if not is_handle(host):  # a handle is a hostname of at least two labels: no path, no port, no address
         raise IdentityGone(f"a did:web must be a plain hostname: {did[:80]!r}")
     return f"https://{host}/.well-known/did.json"

@@ -25,6 +25,7 @@ from indexer.errors import (
     UrlRefused,
 )
 from indexer.identity.http import HttpClient
+from indexer.identity.paces import PACED, HostPaces
 
 MAX_BODY_BYTES = 2048
 _REFUSED_TLDS = frozenset(("alt", "arpa", "example", "internal", "invalid", "local", "localhost", "onion"))
@@ -50,8 +51,9 @@ def _nameserver(address: str) -> dns.asyncresolver.Resolver | None:
 class HandleLookup:
     """Finds the DID that a handle names; raises `IdentityGone` or `IdentityUnavailable`."""
 
-    def __init__(self, http: HttpClient, settings: Settings) -> None:
+    def __init__(self, http: HttpClient, settings: Settings, paces: HostPaces) -> None:
         self._http = http
+        self._paces = paces
         self._allow_private = settings.network.allow_private
         self._dns = _nameserver(settings.network.dns_server)
         self._dns_timeout = settings.identity.dns_timeout
@@ -66,6 +68,10 @@ class HandleLookup:
             raise IdentityGone(f"not a handle: {handle[:80]!r}")
         if tld in _REFUSED_TLDS or (tld == _DEVELOPMENT_TLD and not self._allow_private):
             raise IdentityGone(f"handles under .{tld} are not resolved: {handle}")
+        try:
+            await self._paces.turn(handle)  # its name servers are a stranger's choice too
+        except FetchTransient as error:
+            raise IdentityUnavailable(f"{handle}: {error}", reason=PACED) from error
         async with self._permits:
             return await self._lookup(handle, ask_dns=not (self._system_dns and tld == _DEVELOPMENT_TLD))
 
@@ -115,7 +121,7 @@ class HandleLookup:
 
     async def _well_known(self, url: str, handle: Handle) -> Did:
         try:
-            response = await self._http.get(url, max_bytes=MAX_BODY_BYTES)
+            response = await self._http.get(url, max_bytes=MAX_BODY_BYTES, before=self._paces.dial)
         except FetchTransient as error:
             raise IdentityUnavailable(f"{handle}: {error}") from error
         except (FetchRefused, UrlRefused) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from email.utils import parsedate_to_datetime
 from time import time
@@ -37,6 +37,10 @@ _UNIX_TIMES_FROM = 1e9
 #: Nobody waits as long as some hosts ask; those who do wait have bounds of their own.
 _LONGEST_WAIT_S = 1e9
 _USER_AGENT = "atproto-indexer"
+
+
+#: Called with the URL that is requested next.
+Dial = Callable[[URL], Awaitable[None]]
 
 
 class Response(NamedTuple):
@@ -159,13 +163,16 @@ class HttpClient:
         max_bytes: int,
         timeout: float | None = None,
         headers: Mapping[str, str] | None = None,
+        before: Dial | None = None,
     ) -> Response:
         """The answer to a GET, whatever its status, redirects followed.
 
         Raises `UrlRefused` (the guard), `FetchTransient` (connection, time) or `FetchRefused` (body
-        beyond ``max_bytes``, too many redirects). ``timeout`` covers everything, in seconds.
+        beyond ``max_bytes``, too many redirects). ``timeout`` covers everything, in seconds. ``before`` is
+        awaited before each request, those of redirects included.
         """
-        async with self.stream(url, max_bytes=max_bytes, timeout=timeout, headers=headers) as response:
+        stream = self.stream(url, max_bytes=max_bytes, timeout=timeout, headers=headers, before=before)
+        async with stream as response:
             body = b"".join([chunk async for chunk in response.chunks])
             return Response(response.status, response.headers, body, response.url)
 
@@ -180,6 +187,7 @@ class HttpClient:
         wire_bytes: int | None = None,
         gzip: bool = False,
         proxied: bool = False,
+        before: Dial | None = None,
     ) -> AsyncIterator[StreamResponse]:
         """As `get`, but the body arrives in chunks; reading it raises the same errors.
 
@@ -193,7 +201,8 @@ class HttpClient:
                 sent = dict(headers or {})
                 if gzip:
                     sent["Accept-Encoding"] = "gzip"
-                response, served = await self._follow(url, sent, proxied=proxied and bool(self.proxies))
+                through = proxied and bool(self.proxies)
+                response, served = await self._follow(url, sent, proxied=through, before=before)
                 try:
                     found = {name.lower(): value for name, value in response.headers.items()}
                     chunks = _body(response, served, max_bytes, wire_bytes or max_bytes, gzip)
@@ -208,13 +217,15 @@ class HttpClient:
             ) from error
 
     async def _follow(
-        self, url: str, sent: dict[str, str], *, proxied: bool
+        self, url: str, sent: dict[str, str], *, proxied: bool, before: Dial | None
     ) -> tuple[aiohttp.ClientResponse, URL]:
         """The answer at the end of the redirects, and where that is."""
         target = check_url(url, self.network)
         request = self._request_proxied if proxied else self._request
         asked: URL | None = None
         for _ in range(MAX_REDIRECTS + 1):
+            if before is not None:
+                await before(target)
             try:
                 response = await request(target, sent)
             except UrlRefused as error:

@@ -19,8 +19,11 @@ from indexer.identity.cache import TtlCache
 from indexer.identity.documents import DocumentSource
 from indexer.identity.handles import HandleLookup
 from indexer.identity.http import HttpClient
+from indexer.identity.paces import HostPaces
 
 INVALID_HANDLE = "handle.invalid"
+#: Longer than any request may take, in seconds.
+_LONGEST_FLIGHT_S = 3600.0
 #: Most of a failure's message that is kept.
 MAX_MESSAGE = 300
 
@@ -47,9 +50,12 @@ class Resolver:
         self, http: HttpClient, settings: Settings, *, clock: Callable[[], float] = monotonic
     ) -> None:
         limits = settings.identity
-        self._documents = DocumentSource(http, settings, clock=clock)
+        paces = HostPaces(limits)
+        self._documents = DocumentSource(http, settings, paces, clock=clock)
         self._identities = _Flights(self._fetch, limits, clock)
-        self._handles = _Flights(HandleLookup(http, settings).lookup, limits, clock)
+        shared_s = settings.ingest.refresh_interval
+        lookup = HandleLookup(http, settings, paces).lookup
+        self._handles = _Flights(lookup, limits, clock, shared_s)
 
     async def resolve(self, did: Did, *, refresh: bool = False) -> Identity:
         """The identity of ``did``; ``refresh`` asks again although the cache knows an answer.
@@ -71,8 +77,16 @@ class Resolver:
         self._identities.purge(did)
 
     async def resolve_handle(self, handle: Handle, *, refresh: bool = False) -> Did:
-        """The DID that ``handle`` names (one direction only); raises as `resolve`."""
+        """The DID that ``handle`` names (one direction only); raises as `resolve`.
+
+        Also with ``refresh`` an answer is shared for `ingest.refresh_interval`: any account may claim any
+        handle, and have its domain asked.
+        """
         return await self._handles.get(handle.lower(), refresh=refresh)
+
+    def handle_wait_s(self, handle: Handle, since: Micros) -> float:
+        """Seconds until `resolve_handle` gives an answer that was asked for after ``since``."""
+        return self._handles.wait_s(handle.lower(), since)
 
     async def verified_handle(self, did: Did) -> Handle:
         """The handle that ``did`` claims and that names it back, else ``handle.invalid``."""
@@ -115,8 +129,11 @@ class _Flights(Generic[T]):
         fetch: Callable[[str], Awaitable[T]],
         limits: IdentitySettings,
         clock: Callable[[], float],
+        shared_s: float = 0.0,
     ) -> None:
         self._fetch = fetch
+        self._shared_s = shared_s  # an answer is not asked for again before
+        self._begun: TtlCache[str, Micros] = TtlCache(limits.cache_entries, clock=clock)
         self._limits = limits
         self._known: TtlCache[str, T] = TtlCache(limits.cache_entries, clock=clock)
         self._failed: TtlCache[str, IdentityError] = TtlCache(limits.cache_entries, clock=clock)
@@ -133,13 +150,27 @@ class _Flights(Generic[T]):
     def cached(self, key: str) -> T | None:
         return self._known.get(key)
 
+    def wait_s(self, key: str, since: Micros) -> float:
+        """Seconds until an answer can be had whose request began at ``since`` or later."""
+        begun = self._begun.get(key)
+        if begun is None or begun >= since:
+            return 0.0
+        left = self._shared_s - (time() - begun / 1e6)
+        return max(self._shared_s if key in self._current else 0.001, left)
+
     def purge(self, key: str) -> None:
+        begun = self._begun.get(key)
+        if begun is not None:  # shared for the rest of its time
+            known = self._known.get(key)
+            if known is not None:
+                self._known.put(key, known, max(0.0, self._shared_s - (time() - begun / 1e6)))
+            return
         self._known.drop(key)
         self._failed.drop(key)
         self._current.pop(key, None)  # those who wait still get their answer; it is not kept
 
     async def get(self, key: str, *, refresh: bool) -> T:
-        if not refresh:
+        if not refresh or (self._begun.get(key) is not None and key not in self._current):
             known = self._known.get(key)
             if known is not None:
                 return known
@@ -159,8 +190,10 @@ class _Flights(Generic[T]):
             raise copy.copy(error) from error
 
     async def _fly(self, key: str) -> T:
-        task = asyncio.current_task()
+        task, begun = asyncio.current_task(), int(time() * 1e6)
         try:
+            if self._shared_s:
+                self._begun.put(key, begun, _LONGEST_FLIGHT_S)
             value = await self._fetch(key)
         except IdentityError as error:
             if self._current.get(key) is task:
@@ -172,6 +205,8 @@ class _Flights(Generic[T]):
                 self._failed.drop(key)
             return value
         finally:
+            if self._shared_s:
+                self._begun.put(key, begun, self._shared_s)
             if self._current.get(key) is task:
                 del self._current[key]
 
@@ -180,7 +215,7 @@ class _Flights(Generic[T]):
             self._known.drop(key)
         elif self._known.get(key) is not None:
             return  # a refresh that found nobody at home: the last answer is still believed
-        self._failed.put(key, _remembered(error), self._limits.error_ttl)
+        self._failed.put(key, _remembered(error), max(self._limits.error_ttl, self._shared_s))
 
     def _landed(self, task: asyncio.Task[T]) -> None:
         self._tasks.discard(task)

@@ -216,8 +216,13 @@ class Applier:
         row = self._followed(tx, frame.did)
         if row is None:
             return _UNWANTED
-        self._tools.hint(frame.did)
+        trusted = has_authority(source, row.pds)
+        if trusted:
+            self._tools.resolver.purge(frame.did)
+        self._tools.hint(frame.did, urgent=trusted)
         self.store(tx, frame.did, row, row._replace(work=row.work | Work.RESOLVE))
+        if trusted:  # also where the question was due already, in its time
+            self.wake(frame.did, Work.RESOLVE, Work.RESOLVE)
         return Result(Act.APPLY, "identity")
 
     def account(self, tx: Transaction, source: str, frame: AccountFrame) -> Result:

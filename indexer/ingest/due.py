@@ -13,24 +13,41 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from itertools import count
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 import structlog
 
 from indexer.atproto.types import Did
+from indexer.config import IngestSettings
 from indexer.errors import IndexerError, StoreError
+from indexer.ingest.turns import Postponed
 from indexer.store.codecs import Work
 from indexer.store.database import Database
 
 log = structlog.get_logger()
 
-#: Waits between tries, in seconds: the first, and the longest; a host may ask for up to the third.
-_RETRY_S: Final = (1.0, 300.0, 3600.0)
 _SCAN_ROWS: Final = 500
 #: Rows looked at before the work found is begun, and seconds between two looks while the queue is full.
 _PASS_ROWS: Final = 20_000
 _PASS_S: Final = 10.0
 _IDLE_S: Final = 60.0
+
+
+class Waits(NamedTuple):
+    """Between tries, in seconds: the first, and the longest; a host may ask for up to ``asked``."""
+
+    first: float
+    longest: float
+    asked: float
+
+    @classmethod
+    def of(cls, settings: IngestSettings) -> Self:
+        return cls(settings.work_retry_min, settings.work_retry_max, settings.retry_after_max)
+
+    def after(self, error: Exception, attempt: int) -> float:
+        """The wait after the failure number ``attempt`` in a row, from 0."""
+        wait: float = min(self.longest, self.first * 2.0 ** min(attempt, 16))
+        return max(wait, min(self.asked, getattr(error, "retry_after", None) or 0.0))
 
 
 class _Due(NamedTuple):
@@ -55,7 +72,9 @@ class DueQueue:
         *,
         limit: int,
         concurrency: int,
+        waits: Waits,
     ) -> None:
+        self._waits = waits
         self._db = db
         self._flags = flags
         self._work_off = work_off
@@ -193,8 +212,10 @@ class DueQueue:
         self._again.discard(did)
         try:
             wait = await self._work_off(did)
+        except Postponed as postponed:
+            wait, attempt = postponed.wait_s, due.attempt
         except Exception as error:
-            wait, attempt = _backoff(error, due.attempt), due.attempt + 1
+            wait, attempt = self._waits.after(error, due.attempt), due.attempt + 1
             if isinstance(error, IndexerError) and not isinstance(error, StoreError):
                 log.info("due_work_postponed", did=did, reason=str(error)[:500], retry_in_s=wait)
             else:
@@ -206,12 +227,6 @@ class DueQueue:
         self._again.discard(did)
         if wait is not None:
             self._put(did, wait, attempt)
-
-
-def _backoff(error: Exception, attempt: int) -> float:
-    first, longest, asked = _RETRY_S
-    wait: float = min(longest, first * 2 ** min(attempt, 16))
-    return max(wait, min(asked, getattr(error, "retry_after", None) or 0.0))
 
 
 class _Asked(NamedTuple):

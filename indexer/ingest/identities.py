@@ -14,15 +14,18 @@ import orjson
 
 from indexer.atproto.syntax import is_tid
 from indexer.atproto.types import Did
-from indexer.errors import FetchRefused, FetchTransient, IdentityGone, IndexerError
+from indexer.errors import FetchRefused, FetchTransient, IdentityGone, IdentityUnavailable, IndexerError
+from indexer.identity.domains import domain_of
 from indexer.identity.http import Response
 from indexer.identity.resolver import Identity
 from indexer.ingest.account import status_of
 from indexer.ingest.answers import Answers, Latest
 from indexer.ingest.drain import Drainer, is_ready
-from indexer.ingest.due import DueQueue, Pace
+from indexer.ingest.due import DueQueue, Pace, Waits
 from indexer.ingest.tools import IngestTools
+from indexer.ingest.turns import HostTurns, Place, Postponed, host_place
 from indexer.store.codecs import AccountStatus, RepoRow, Work
+from indexer.store.host_rows import host_of
 
 GET_STATUS = "/xrpc/com.atproto.sync.getRepoStatus?did="
 GET_REPO = "/xrpc/com.atproto.sync.getRepo?did="
@@ -35,6 +38,11 @@ _REFUSALS = {
     "RepoSuspended": AccountStatus.SUSPENDED,
     "RepoNotFound": AccountStatus.DELETED,
 }
+_WEB: Final = "did:web:"
+#: Kinds of questions. Each has slots of its own: hosts that take their time hold up no key of an account.
+_BY_PLC, _BY_WEB, _OF_HOSTS = _KINDS = ("by plc", "by web", "of hosts")
+#: In the pace's table: the last time that a hint cut a wait short.
+_CUT: Final = Work(0)
 #: What is asked of the network, in this order, and what can be done without it.
 QUESTIONS: Final = Work.RESOLVE | Work.CHECK_STATUS | Work.COMPARE_REV | Work.DRAIN | Work.PURGE
 
@@ -48,10 +56,15 @@ class DueWork:
         self._drainer = drainer
         settings = tools.settings
         self._pace = Pace(settings.ingest.refresh_interval, settings.ingest.work_repos)
+        self._concurrency = settings.identity.concurrency
+        #: Enough for every kind of question at its most, so that no kind waits for another.
         self.queue = DueQueue(
             tools.db, QUESTIONS, self._work_off,
-            limit=settings.ingest.work_repos, concurrency=settings.identity.concurrency,
+            limit=settings.ingest.work_repos, concurrency=len(_KINDS) * self._concurrency,
+            waits=Waits.of(settings.ingest),
         )  # fmt: skip
+        waits = settings.ingest.work_retry_min, settings.ingest.work_retry_max
+        self.turns = HostTurns(self.queue.add, waits, settings.ingest.work_repos)
 
     async def _work_off(self, did: Did) -> float | None:
         """Does what the row asks for, one flag at a time; seconds to wait where it is too soon for one."""
@@ -59,7 +72,7 @@ class DueWork:
         # Asked of the writer, because the step that woke us may not be committed yet.
         row = await tools.writer.run("due_work", lambda tx: tx.repo(did))
         if row is None or not row.work & QUESTIONS or not row.tracked:
-            tools.hints.discard(did)
+            tools.unhint(did)
             return None
         waits: list[float] = []
         for flag, ask in (
@@ -69,38 +82,78 @@ class DueWork:
         ):
             if not row.work & flag:
                 continue
-            if wait := self._too_soon(did, flag):
+            places = self._places(did, flag, self._presumed(did, row))
+            if wait := self._too_soon(did, flag) or self.turns.wait_s(did, places):
                 waits.append(wait)
                 continue
-            last = self._pace.ask(did, flag) + 1 >= _MAX_TRIES
-            await ask(did, row, last)
+            tries = self._asks(did, flag) + 1
+            with self.turns.taken(places):
+                await ask(did, row, tries)
             self._pace.answered(did, flag)
             row = tools.db.repo(did)
             if row is None:
                 return None
         if row.work & Work.DRAIN and is_ready(row):
-            await self._drainer.drain(did)
+            places = self._places(did, Work.DRAIN, "")  # it may have to ask for the identity
+            if wait := self.turns.wait_s(did, places):
+                return wait
+            with self.turns.taken(places):
+                await self._drainer.drain(did)
         if row.work & Work.PURGE:
             await tools.writer.run("purge", lambda tx: self._answers.purge(tx, did))
         if did in tools.hints and row.work & Work.RESOLVE:  # came in while this was under way
-            return 0.0
+            return self._too_soon(did, Work.RESOLVE)
         return min(waits, default=None)
 
     def _too_soon(self, did: Did, flag: Work) -> float:
         """Seconds until this question about this account may be asked again.
 
-        A hint by `#identity` is answered at once: a changed identity is what it announces.
+        An `#identity` by somebody with authority cuts the wait, once in each interval: a changed identity is
+        what it announces. Later ones are answered together when the interval is over.
         """
-        if flag is Work.RESOLVE and did in self._tools.hints:
-            return 0.0
-        return self._pace.wait_s(did, flag)
+        wait = self._pace.wait_s(did, flag)
+        if wait and flag is Work.RESOLVE and did in self._tools.urgent:
+            return self._pace.wait_s(did, _CUT)
+        return wait
 
-    async def _resolve(self, did: Did, row: RepoRow, last: bool) -> None:
+    def _asks(self, did: Did, flag: Work) -> int:
+        """The question is asked now; how often in a row it failed before."""
+        if flag is Work.RESOLVE and self._pace.wait_s(did, flag):
+            self._pace.ask(did, _CUT)
+        return self._pace.ask(did, flag)
+
+    # ---- whose turn
+
+    def _presumed(self, did: Did, row: RepoRow) -> str:
+        """The account's PDS as far as is known without asking."""
+        known = self._tools.resolver.cached(did)
+        return row.pds if known is None else known.pds
+
+    def _places(self, did: Did, flag: Work, pds: str) -> list[Place]:
+        """What a question needs a slot of: its kind and, for one to the account's host, that host."""
+        web = did.startswith(_WEB)
+        if flag in (Work.RESOLVE, Work.DRAIN):
+            kind = _BY_WEB if web else _BY_PLC
+            own = [self._domain(did.removeprefix(_WEB))] if web else []
+            return [Place(kind, self._concurrency), *own]
+        kind = _BY_WEB if web else _OF_HOSTS
+        host = host_of(pds)
+        most = self._tools.settings.ingest.host_questions
+        at_host = [host_place(host, most), self._domain(host)] if host else []
+        return [Place(kind, self._concurrency), *at_host]
+
+    def _domain(self, host: str) -> Place:
+        return Place(f"domain {domain_of(host)}", 2 * self._tools.settings.ingest.host_questions)
+
+    # ---- the questions
+
+    async def _resolve(self, did: Did, row: RepoRow, tries: int) -> None:
         """The identity anew, then whatever waited for it."""
         tools = self._tools
-        tools.hints.discard(did)
+        refresh = bool(row.signing_key) or did in tools.hints
+        tools.unhint(did)
         try:
-            identity = await tools.resolver.resolve(did, refresh=bool(row.signing_key))
+            identity = await self._identity(did, row, tries, refresh=refresh)
         except IdentityGone as error:
             gone = error
             await tools.writer.run("identity_gone", lambda tx: self._answers.gone(tx, did, gone))
@@ -110,12 +163,22 @@ class DueWork:
         if now is not None and now.work & Work.RESOLVE and is_ready(now):
             await self._drainer.drain(did, fresh=True)
 
-    async def _check_status(self, did: Did, row: RepoRow, last: bool) -> None:
+    async def _identity(self, did: Did, row: RepoRow, tries: int, *, refresh: bool) -> Identity:
+        """A did:web that never was seen to exist is not asked for without end."""
+        try:
+            return await self._tools.resolver.resolve(did, refresh=refresh)
+        except IdentityUnavailable as error:
+            known = row.signing_key or row.rev or not did.startswith(_WEB)
+            if known or tries < self._tools.settings.identity.web_tries:
+                raise
+            raise IdentityGone(f"no answer in {tries} tries: {error}") from error
+
+    async def _check_status(self, did: Did, row: RepoRow, tries: int) -> None:
         """Asks the PDS that the directory names today."""
-        tools = self._tools
+        tools, presumed = self._tools, self._presumed(did, row)
         try:
             identity = await tools.resolver.resolve(did, refresh=True)
-            status = (await self._latest(identity)).status
+            status = (await self._latest(identity, presumed)).status
             if status is None and row.status is AccountStatus.DELETED:
                 status = await self._repo_status(identity)
         except IdentityGone as error:
@@ -123,32 +186,52 @@ class DueWork:
             await tools.writer.run("identity_gone", lambda tx: self._answers.gone(tx, did, gone))
             return
         except (IndexerError, ValueError):
-            if not last:
+            if tries < _MAX_TRIES:
                 raise
             identity, status = _known(did, row), None
         await tools.writer.run("status", lambda tx: self._answers.checked(tx, did, identity, status))
 
-    async def _compare_rev(self, did: Did, row: RepoRow, last: bool) -> None:
-        rev = None
+    async def _compare_rev(self, did: Did, row: RepoRow, tries: int) -> None:
+        rev, presumed = None, self._presumed(did, row)
         try:
-            rev = (await self._latest(await self._tools.resolver.resolve(did))).rev
+            rev = (await self._latest(await self._tools.resolver.resolve(did), presumed)).rev
         except IdentityGone:
             pass
         except (IndexerError, ValueError):
-            if not last:
+            if tries < _MAX_TRIES:
                 raise
         await self._tools.writer.run("compare_rev", lambda tx: self._answers.compared(tx, did, rev))
 
-    async def _latest(self, identity: Identity) -> Latest:
-        """`getRepoStatus` of the account's own PDS; a banned one is not asked."""
+    async def _latest(self, identity: Identity, presumed: str) -> Latest:
+        """`getRepoStatus` of the account's own PDS; a banned one is not asked.
+
+        A slot is held at the PDS ``presumed``; where the account turns out to live elsewhere, one there is
+        taken or waited for.
+        """
         if self._tools.bans.covers(identity.pds):
             return Latest(None, None)
+        host = host_of(identity.pds)
+        if host == host_of(presumed):
+            return await self._ask_latest(identity, host)
+        places = self._places(identity.did, Work.CHECK_STATUS, identity.pds)[1:]
+        if wait := self.turns.wait_s(identity.did, places):
+            raise Postponed(wait)
+        with self.turns.taken(places):
+            return await self._ask_latest(identity, host)
+
+    async def _ask_latest(self, identity: Identity, host: str) -> Latest:
         url = identity.pds.rstrip("/") + GET_STATUS + quote(identity.did, safe=":")
-        response = await self._tools.http.get(url, max_bytes=_MAX_STATUS_BYTES)
-        if response.status == 429 or (response.status >= 500 and response.status != 501):
-            raise FetchTransient(
-                f"{identity.pds} answered {response.status}", retry_after=response.retry_after
-            )
+        try:
+            response = await self._tools.http.get(url, max_bytes=_MAX_STATUS_BYTES)
+            if response.status == 429 or (response.status >= 500 and response.status != 501):
+                raise FetchTransient(
+                    f"{identity.pds} answered {response.status}", retry_after=response.retry_after,
+                    reason="rate_limited" if response.status == 429 else None,
+                )  # fmt: skip
+        except FetchTransient as error:
+            self.turns.told(host, error)
+            raise
+        self.turns.told(host, None)
         return read_latest(response)
 
     async def _repo_status(self, identity: Identity) -> AccountStatus | None:

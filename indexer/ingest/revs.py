@@ -54,6 +54,7 @@ class Task(NamedTuple):
     again: bool = False
     listed: int = 0
     behind: int = 0
+    pages: int = 0
 
 
 class Page(NamedTuple):
@@ -213,7 +214,7 @@ class RevComparison:
         page = read_page(response.body)
         if page.cursor and page.cursor == task.cursor:
             raise ValueError("the same page again and again")
-        if task.listed >= self._max_pages * PAGE:
+        if task.pages >= self._max_pages:
             raise ValueError(f"more than {self._max_pages} pages")
         behind = self._behind(page, task)
         done = await self._tools.writer.run(
@@ -244,7 +245,12 @@ class RevComparison:
         marked = sum(self._mark(tx, did, page.revs[did]) for did in behind)
         if marked:
             _count(tx, "behind", marked)
-        now = now._replace(cursor=page.cursor, listed=now.listed + page.listed, behind=now.behind + marked)
+        now = now._replace(
+            cursor=page.cursor,
+            listed=now.listed + page.listed,
+            behind=now.behind + marked,
+            pages=now.pages + 1,
+        )
         if page.cursor:
             tx.set_cursor(ROWS + name, list(now))
             return None
@@ -286,7 +292,9 @@ def _finish(tx: Transaction, name: str, task: Task) -> None:
 
 
 def _task(row: Any) -> Task | None:
-    return Task(*row) if isinstance(row, list) and len(row) == len(Task._fields) else None
+    # Stored ones of before pages were counted have none.
+    whole = isinstance(row, list) and len(Task._fields) - 1 <= len(row) <= len(Task._fields)
+    return Task(*row) if whole else None
 
 
 def _count(tx: Transaction, outcome: str, number: int = 1) -> None:

@@ -26,6 +26,7 @@ from indexer.ingest.handles import HandleWork
 from indexer.ingest.identities import QUESTIONS, DueWork
 from indexer.ingest.sources import Sources
 from indexer.ingest.tools import IngestTools, Routes
+from indexer.ingest.turns import HostManners
 from indexer.pool import Pool
 from indexer.store.codecs import Work
 from indexer.store.database import Database
@@ -66,7 +67,8 @@ class Ingest:
         answers = Answers(tools, self.applier)
         self._drainer = Drainer(tools, self.applier, answers)
         self._routes = routes
-        self._due = DueWork(tools, answers, self._drainer).queue
+        self._questions = DueWork(tools, answers, self._drainer)
+        self._due = self._questions.queue
         self._handles = HandleWork(tools, answers).queue
         self._db = db
         self._clock_watch = tools.clock_watch
@@ -77,6 +79,10 @@ class Ingest:
     @property
     def filters(self) -> Filters:
         return self.applier.filters
+
+    def share_hosts(self, hosts: HostManners) -> None:
+        """What fetches and due work learn of hosts counts for both."""
+        self._questions.turns.manners = hosts
 
     def set_filters(self, filters: Filters) -> None:
         """From the next frame on; storing them is the caller's."""

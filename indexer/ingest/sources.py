@@ -148,8 +148,17 @@ class Sources:
             connection.cancel()
             await asyncio.wait([connection])
         followed.pipeline.parted()
-        if followed.path is not None and not followed.path.done():
-            await followed.pipeline.drained()
+        path = followed.path
+        if path is None or path.done():
+            return
+        drained = asyncio.create_task(followed.pipeline.drained())
+        try:
+            # A path that fails commits nothing more: who waits for that alone would wait for ever.
+            await asyncio.wait([drained, path], return_when=asyncio.FIRST_COMPLETED)
+            if drained.done():
+                await drained
+        finally:
+            drained.cancel()
 
     # ---- changes
 
@@ -257,10 +266,11 @@ class Sources:
 
     async def compare_revs(self, url: str, *, is_pds: bool | None = None) -> str:
         """Has the upstream's revs compared with ours. The upstream's name."""
-        name = self.find(url, is_pds).name
-        await self._tools.writer.run("compare_revs", lambda tx: revs.schedule(tx, name, "request"))
-        self.revs.wake()
-        return name
+        async with self._turn:
+            name = self.find(url, is_pds).name
+            await self._tools.writer.run("compare_revs", lambda tx: revs.schedule(tx, name, "request"))
+            self.revs.wake()
+            return name
 
     def wake_unheard(self) -> None:
         """Words of somebody who is heard no longer were planned to be dropped."""

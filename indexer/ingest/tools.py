@@ -72,13 +72,22 @@ class IngestTools:
     bans: Bans
     #: DIDs of which an `#identity` came in since their identity was last asked for.
     hints: set[Did] = field(default_factory=set)
+    #: Those among them that somebody with authority over the account sent: they need not wait.
+    urgent: set[Did] = field(default_factory=set)
     clock: Callable[[], float] = time
     clock_watch: ClockWatch = field(default_factory=ClockWatch)
 
-    def hint(self, did: Did) -> None:
+    def hint(self, did: Did, *, urgent: bool) -> None:
         """Notes that an answer under way about ``did`` may be out of date."""
         if len(self.hints) < self.settings.ingest.work_repos:
             self.hints.add(did)
+            if urgent:
+                self.urgent.add(did)
+
+    def unhint(self, did: Did) -> None:
+        """An answer that is asked for from now on is as new as the hint."""
+        self.hints.discard(did)
+        self.urgent.discard(did)
 
     def limits(self) -> VerifyLimits:
         """Bounds for frames that are verified now."""

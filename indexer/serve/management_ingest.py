@@ -15,7 +15,7 @@ import orjson
 from aiohttp import web
 
 from indexer.errors import RequestError
-from indexer.ingest.controls import BACKFILL, CRAWLER, FIREHOSE, PARTS, paused_parts, store_paused
+from indexer.ingest.controls import BACKFILL, CRAWLER, FIREHOSE, PARTS, change_paused, paused_parts
 from indexer.ingest.sources import MAX_SEQ, Sources
 from indexer.serve.http_errors import json_response
 from indexer.serve.xrpc.params import Params
@@ -35,6 +35,7 @@ class IngestRoutes:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._pausing = asyncio.Lock()
 
     def add_to(self, app: web.Application) -> None:
         router = app.router
@@ -146,16 +147,20 @@ class IngestRoutes:
         body = await read_object(request, PARTS)
         if not body or not all(isinstance(value, bool) for value in body.values()):
             raise RequestError(f"an object of {', '.join(PARTS)} to true or false is wanted")
-        services, db = self._services, self._services.db
-        off = {part for part in PARTS if not body.get(part, part not in paused_parts(db))}
-        await services.writer.run("ingestion", lambda tx: store_paused(tx, off))
-        if services.ingest is not None:
-            await whole(services.ingest.sources.pause(FIREHOSE in off))
-        if services.backfill is not None:
-            services.backfill.pause(BACKFILL in off)
-        if services.crawler is not None:
-            services.crawler.pause(CRAWLER in off)
-        return json_response(_shown(frozenset(off)))
+        return json_response(_shown(await whole(self._pause(body))))
+
+    async def _pause(self, runs: Mapping[str, bool]) -> frozenset[str]:
+        """Stores the change and tells the parts, one request after another; those that stand still."""
+        services = self._services
+        async with self._pausing:
+            off = await services.writer.run("ingestion", lambda tx: change_paused(tx, runs))
+            if services.ingest is not None:
+                await services.ingest.sources.pause(FIREHOSE in off)
+            if services.backfill is not None:
+                services.backfill.pause(BACKFILL in off)
+            if services.crawler is not None:
+                services.crawler.pause(CRAWLER in off)
+            return off
 
 
 async def whole(change: Coroutine[Any, Any, T]) -> T:

@@ -10,7 +10,7 @@ from indexer.crawl import sweeper
 from indexer.crawl.sweep import Sweep
 from indexer.crawl.targets import host_url
 from indexer.errors import RequestError, UrlRefused
-from indexer.ingest.controls import CRAWLER, store_paused
+from indexer.ingest.controls import CRAWLER, change_paused
 from indexer.simulator import SimulatedNetwork
 from indexer.simulator.account import Write
 from indexer.simulator.faults import Fault
@@ -270,7 +270,7 @@ async def test_a_full_queue_pauses_the_sweep_until_half_is_left(tmp_path: Path) 
 async def test_an_operator_pauses_it_also_over_a_restart(tmp_path: Path) -> None:
     async with network() as net:
         async with node(tmp_path, net, []) as n:
-            await n.writer.run("ingestion", lambda tx: store_paused(tx, [CRAWLER]))
+            await n.writer.run("ingestion", lambda tx: change_paused(tx, {CRAWLER: False}))
         async with node(tmp_path, net, net.pds_urls) as n:
             assert n.crawler.status()["paused"] == "operator"
             await n.backfill.add([min(dids_of(net))])

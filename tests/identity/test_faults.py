@@ -59,7 +59,9 @@ async def resolving(
     chosen = settings(
         network=network, plc_urls=[net.plc_url] * directories,
         plc={"max_requests_per_s": 1000},
-        identity={"dns_timeout": "100ms", "web_requests_per_s": 1000} | tables.get("identity", {}),
+        identity={"dns_timeout": "100ms", "web_requests_per_s": 1000, "domain_requests_per_s": 1000}
+        | tables.get("identity", {}),
+        ingest={"refresh_interval": 0},
     )  # fmt: skip
     try:
         async with HttpClient(chosen.network) as http:

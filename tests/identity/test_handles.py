@@ -10,6 +10,7 @@ from indexer.errors import ConfigError, IdentityError, IdentityGone, IdentityUna
 from indexer.identity.guard import GuardedResolver
 from indexer.identity.handles import HandleLookup
 from indexer.identity.http import HttpClient
+from indexer.identity.paces import HostPaces
 from tests.identity.servers import FixedNames, client_tls, dns_server, http_server, settings
 
 ANN = "did:plc:ewvi7nxzyoun6zhxrhs64oiz"
@@ -43,7 +44,7 @@ async def looking(
         http = HttpClient(chosen.network, tls=client_tls())
         http.resolver = GuardedResolver(chosen.network, FixedNames({}))
         async with http:
-            yield HandleLookup(http, chosen), asked
+            yield HandleLookup(http, chosen, HostPaces(chosen.identity)), asked
 
 
 async def test_dns_is_asked_first_and_wins() -> None:
@@ -135,14 +136,14 @@ async def test_a_handle_that_points_inside_is_a_no() -> None:
         http.resolver = GuardedResolver(chosen.network, FixedNames({HOST: ["192.168.0.1"]}))
         async with http:
             with pytest.raises(IdentityGone, match="not a public address"):
-                await HandleLookup(http, chosen).lookup(HOST)
+                await HandleLookup(http, chosen, HostPaces(chosen.identity)).lookup(HOST)
 
 
 async def test_development_names_by_a_dns_server_of_ones_own() -> None:
     async with dns_server({"_atproto.ann.test": [f"did={ANN}"]}) as (address, asked):
         chosen = settings(network={"dns_server": address, "allow_private": True})
         async with HttpClient(chosen.network) as http:
-            assert await HandleLookup(http, chosen).lookup("ann.test") == ANN
+            assert await HandleLookup(http, chosen, HostPaces(chosen.identity)).lookup("ann.test") == ANN
             assert asked == ["_atproto.ann.test"]
 
 
@@ -158,10 +159,10 @@ async def test_development_names_over_plain_http() -> None:
             }
         )
         async with HttpClient(chosen.network) as http:
-            assert await HandleLookup(http, chosen).lookup("ann.test") == ANN
+            assert await HandleLookup(http, chosen, HostPaces(chosen.identity)).lookup("ann.test") == ANN
 
 
 def test_a_dns_server_must_be_an_address() -> None:
     chosen = settings(network={"dns_server": "ns.example.com:53"})
     with pytest.raises(ConfigError, match=r"network\.dns_server"):
-        HandleLookup(HttpClient(chosen.network), chosen)
+        HandleLookup(HttpClient(chosen.network), chosen, HostPaces(chosen.identity))

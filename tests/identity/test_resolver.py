@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import pytest
@@ -315,7 +315,7 @@ async def test_a_failed_refresh_leaves_the_last_answer() -> None:
         "did:key:zQ3shqwJEJyMBsBXCWyCBpUBMqxcon9oHB7mCvx4sSpMdLJwc", "did:web:",
         "did:web:localhost", "did:web:host", "did:web:1.2.3.4", "did:web:example.com:users:ann",
         "did:web:example.com%3A8080", "did:web:example.com/path", "did:web:ann@example.com",
-        "did:web:localhost%3A99", "nonsense", "",
+        "did:web:localhost%3A99", "did:web:Example.com", "nonsense", "",
     ],
 )  # fmt: skip
 async def test_dids_that_the_network_has_not_are_never_asked_for(did: str) -> None:
@@ -467,7 +467,7 @@ async def test_a_did_web_that_redirects_in_a_circle_gives_no_answer() -> None:
 
 @asynccontextmanager
 async def with_handles(
-    claimed: str, named: dict[str, str | int]
+    claimed: str, named: dict[str, str | int], clock: Clock | None = None, shared_s: float = 0
 ) -> AsyncIterator[tuple[Resolver, Directory, Counter[str]]]:
     """A resolver where ANN claims ``claimed`` and the hosts ``named`` answer with a DID or a status."""
     directory, asked = Directory(**{ANN: document(ANN, handle=claimed)}), Counter[str]()
@@ -481,12 +481,14 @@ async def with_handles(
     async with http_server(directory.handle) as plc, http_server(well_known) as port:
         hosts = [f"{host}:80=127.0.0.1:{port}" for host in (claimed.lower(), *named)]
         chosen = settings(
-            network={"allow_private": True, "connect_to": hosts}, plc_urls=[f"http://127.0.0.1:{plc}"]
+            network={"allow_private": True, "connect_to": hosts},
+            plc_urls=[f"http://127.0.0.1:{plc}"],
+            ingest={"refresh_interval": shared_s},
         )
         http = HttpClient(chosen.network)
         http.resolver = GuardedResolver(chosen.network, FixedNames({}))
         async with http:
-            yield Resolver(http, chosen, clock=Clock()), directory, asked
+            yield Resolver(http, chosen, clock=clock or Clock()), directory, asked
 
 
 async def test_a_handle_counts_when_both_sides_say_so() -> None:
@@ -518,3 +520,22 @@ async def test_a_purge_forgets_whom_the_handle_named() -> None:
         assert await resolver.verified_handle(ANN) == INVALID_HANDLE
         resolver.purge(ANN)
         assert await resolver.verified_handle(ANN) == "ann.test"
+
+
+async def test_an_answer_about_a_handle_is_shared_for_a_while_whoever_claims_it() -> None:
+    clock = Clock()
+    async with with_handles("ann.test", {"ann.test": BOB}, clock, 10.0) as (resolver, _, asked):
+        before = int(time() * 1e6)
+        assert resolver.handle_wait_s("ann.test", before) == 0
+        for _ in range(20):
+            assert await resolver.resolve_handle("Ann.test", refresh=True) == BOB
+            await resolver.resolve(ANN)
+            resolver.purge(ANN)
+        assert asked["ann.test"] == 1
+        # It counts for a claim that was made before it was asked for; a later one waits.
+        assert resolver.handle_wait_s("ann.test", before) == 0
+        assert 9 < resolver.handle_wait_s("ann.test", int(time() * 1e6)) <= 10
+        clock.now += 10
+        assert resolver.handle_wait_s("ann.test", int(time() * 1e6)) == 0
+        assert await resolver.resolve_handle("ann.test", refresh=True) == BOB
+        assert asked["ann.test"] == 2

@@ -63,6 +63,7 @@ class Node:
             drain=self.ingest.drain,
             woken=self.ingest.wake,
         )
+        self.ingest.share_hosts(self.backfill.tools.hosts)
         self.log = EventLog(self.db, self.writer)
         for part in (self.backfill, self.ingest):
             self._tasks.append(asyncio.create_task(part.run()))

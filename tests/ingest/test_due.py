@@ -12,12 +12,13 @@ import pytest
 from indexer.config import Settings
 from indexer.errors import FetchRefused, StoreFull, UrlRefused, WorkerDied
 from indexer.ingest import due
-from indexer.ingest.due import DueQueue, Pace
+from indexer.ingest.due import DueQueue, Pace, Waits
 from indexer.store.codecs import NEW_REPO, Mode, Work
 from indexer.store.database import Database
 from indexer.store.writer import Writer
 
 RESOLVE = Work.RESOLVE
+SHORT = Waits(0.01, 0.05, 0.1)
 OWED = NEW_REPO._replace(tracked=True, work=RESOLVE)
 
 
@@ -28,6 +29,7 @@ async def queue(
     *owed: str,
     limit: int = 100,
     concurrency: int = 4,
+    waits: Waits = SHORT,
 ) -> AsyncIterator[DueQueue]:
     """A queue that runs over a store in which these repositories have work."""
     db = Database.open(folder / "db", memory_mib=16, mode=Mode())
@@ -35,7 +37,7 @@ async def queue(
     await writer.start()
     for did in owed:
         await writer.run("owe", lambda tx, did=did: tx.set_repo(did, OWED))  # type: ignore[misc]
-    made = DueQueue(db, RESOLVE, work_off, limit=limit, concurrency=concurrency)
+    made = DueQueue(db, RESOLVE, work_off, limit=limit, concurrency=concurrency, waits=waits)
     task = asyncio.create_task(made.run())
     try:
         yield made
@@ -54,7 +56,6 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(due, "_RETRY_S", (0.01, 0.05, 0.1))
     monkeypatch.setattr(due, "_PASS_S", 0.02)
 
 
@@ -79,9 +80,8 @@ async def test_work_that_fails_in_any_way_is_tried_again(tmp_path: Path, error: 
 
 
 async def test_who_waits_longest_makes_room_and_gets_its_turn_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(due, "_RETRY_S", (1000.0, 1000.0, 1000.0))
     dead = [f"did:plc:dead{n}" for n in range(8)]
     tried: list[str] = []
 
@@ -90,7 +90,7 @@ async def test_who_waits_longest_makes_room_and_gets_its_turn_again(
         if "dead" in did:
             raise UrlRefused("never")
 
-    async with queue(tmp_path, work_off, *dead, limit=3) as made:
+    async with queue(tmp_path, work_off, *dead, limit=3, waits=Waits(1000.0, 1000.0, 1000.0)) as made:
         await until(lambda: set(tried) == set(dead))
         assert len(made) <= 3
         assert made.add("did:plc:live")

@@ -32,7 +32,7 @@ YEAR_2096_US = 3_976_214_400_000_000
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(due, "_RETRY_S", (0.02, 0.05, 0.1))
+    monkeypatch.setattr(due.Waits, "of", lambda _: due.Waits(0.02, 0.05, 0.1))
 
 
 async def test_a_word_dated_in_the_future_does_not_outweigh_later_ones(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ async def test_a_toggling_account_is_asked_about_at_a_pace(
 ) -> None:
     asked: list[str] = []
 
-    async def latest(_self: DueWork, identity: Any) -> Latest:
+    async def latest(_self: DueWork, identity: Any, _presumed: str) -> Latest:
         asked.append(identity.did)
         return Latest(None, None)
 

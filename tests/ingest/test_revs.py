@@ -130,9 +130,10 @@ async def test_a_list_that_cannot_be_had_ends_the_pass(tmp_path: Path, pages: An
         assert outcomes(node) == {"scheduled": 1, outcome: 1}
 
 
-async def test_endless_paging_is_given_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("entries", [1000, 0])
+async def test_endless_paging_is_given_up(tmp_path: Path, entries: int) -> None:
     async with scripted() as upstream, world() as net:
-        full = [{"did": did(n), "rev": AHEAD} for n in range(1000)]
+        full = [{"did": did(n), "rev": AHEAD} for n in range(entries)]
         upstream.pages = {"": (200, {"repos": full, "cursor": "0"})}
         upstream.pages |= {str(n): (200, {"repos": full, "cursor": str(n + 1)}) for n in range(9)}
         limits = {**FAST, "rev_max_pages": 3}

@@ -285,6 +285,30 @@ async def test_a_fault_of_ours_at_the_intake_does_not_hold_an_upstream_up(
         assert (row.reason, row.message) == ("intake", "ZeroDivisionError: a fault of ours")
 
 
+@pytest.mark.limit(10)
+async def test_a_change_ends_when_the_path_to_the_writer_does(tmp_path: Path) -> None:
+    async with world() as net, net.node(tmp_path, upstreams=[]) as node:
+        sources = node.ingest.sources
+        await node.until(lambda: sources._tasks is not None)
+        await sources.add(net.network.stream_urls[0])
+        followed = sources.find(net.network.stream_urls[0])
+        assert followed.path is not None
+        followed.pipeline._bytes += 1  # something on its way, which nobody carries on
+        change = asyncio.create_task(sources.set_cursor(followed.name, 0))
+        await node.until(lambda: followed.connection is None)
+        followed.path.cancel()
+        await change
+
+
+async def test_a_comparison_waits_for_the_change_before_it(tmp_path: Path) -> None:
+    async with world() as net, net.node(tmp_path) as node:
+        sources, name = node.ingest.sources, net.network.stream_urls[0]
+        async with sources._turn:
+            asked = asyncio.create_task(sources.compare_revs(name))
+            await asyncio.sleep(0)
+            del sources._all[name]
+        with pytest.raises(RequestError, match="no such upstream"):
+            await asked
 async def test_another_spelling_is_no_other_upstream(tmp_path: Path) -> None:
     name = "pds::ws://LOCALHOST:9/"  # as the settings have it, and the stored cursor
     async with Node(tmp_path, {"upstreams": [name]}) as node:

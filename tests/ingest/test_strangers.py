@@ -12,6 +12,7 @@ from indexer.atproto.frames import decode_frame
 from indexer.identity.resolver import Identity
 from indexer.ingest import drain
 from indexer.ingest.apply import Arrival
+from indexer.ingest.holders import Holders
 from indexer.ingest.machine import Act
 from indexer.ingest.suspects import verified
 from indexer.ingest.tools import IngestTools
@@ -29,7 +30,7 @@ from indexer.store.codecs import (
 )
 from indexer.store.host_rows import host_of
 from indexer.store.transaction import Transaction
-from tests.ingest.forge import Forge
+from tests.ingest.forge import POST, Forge, create
 from tests.ingest.test_missed import arrive
 from tests.ingest.test_pipeline import AWAY, World, count, holds, row_of, world
 
@@ -260,6 +261,32 @@ async def test_a_forged_frame_of_a_banned_host_s_account_has_nothing_fetched(tmp
         synced, broken = SyncState.SYNCED, SyncState.DESYNCHRONIZED
         made = await node.writer.run("banned", step)
         assert made == [(Act.DROP, synced), (Act.DROP, synced), (Act.DROP, broken)]
+
+
+async def test_the_largest_of_those_that_nobody_vouches_for_makes_room(tmp_path: Path) -> None:
+    async with (
+        world() as net,
+        net.node(tmp_path, ingest={"unproven_mib": 1, "refresh_interval": 600.0}) as node,
+    ):
+        strangers = [Forge("did:plc:" + name * 24) for name in "bcdefg"]
+        honest = net.account("h")
+        for forge in (honest, *strangers):
+            net.network.documents[forge.did] = {"status": 503, "doc": {}}
+        for number, forge in enumerate(strangers):
+            large = forge.parts()
+            large.records = {b"\x01\x55\x12\x20" + bytes(32): bytes(200_000 + number)}
+            net.send(large)
+        await node.until(lambda: count(node, "buffer/identity") == 6)
+        assert count(node, "drop/unproven_full") == 1  # the sixth is larger than each of the five before it
+        assert node.db.count("buffer/frames") == 5
+        small = honest.parts(*(create(f"{POST}/3aaaaaaaaab2{n}", n * 30_000) for n in "23"))
+        net.send(small)
+        await node.until(lambda: node.db.count(f"buffer/{honest.did}/frames") == 1)
+        assert count(node, "drop/unproven_full") == 2
+        assert node.db.count(f"buffer/{strangers[4].did}/frames") == 0
+        assert row_of(node, strangers[4]).work & Work.COMPARE_REV
+        assert node.db.count("buffer/unproven_bytes") <= 1 << 20
+        assert Holders(node.db).heaviest() == (strangers[3].did, node.ingest.applier._holders.heaviest()[1])  # type: ignore[index]
 
 
 def test_rows_from_before_times_and_vouchers_were_kept_are_read() -> None:

@@ -50,7 +50,7 @@ class Stage:
 @pytest.fixture(scope="module")
 def _short_waits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(due, "_RETRY_S", (0.02, 0.05, 0.1))
+        patch.setattr(due.Waits, "of", lambda _: due.Waits(0.02, 0.05, 0.1))
         yield
 
 

@@ -20,7 +20,7 @@ FEW = ["gap", "leaf_missing", "swapped"]
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(due, "_RETRY_S", (0.02, 0.05, 0.1))
+    monkeypatch.setattr(due.Waits, "of", lambda _: due.Waits(0.02, 0.05, 0.1))
 
 
 @pytest.mark.parametrize("kinds", [FEW, pytest.param(BADLY, marks=pytest.mark.slow)], ids=["few", "all"])

@@ -156,6 +156,19 @@ async def test_parts_are_paused_over_restarts(tmp_path: Path) -> None:
             assert node.daemon.backfill.status()["paused"] == ""
 
 
+async def test_no_pause_is_lost_between_two_requests(tmp_path: Path) -> None:
+    async with managed(tmp_path, []) as node:
+        for _ in range(5):
+            await node.call("PATCH", "/ingestion", {"firehose": True, "backfill": True})
+            one, other = {"firehose": False}, {"backfill": False}
+            await asyncio.gather(
+                node.call("PATCH", "/ingestion", one), node.call("PATCH", "/ingestion", other)
+            )
+            off = {"crawler": True, **one, **other}
+            assert await node.call("GET", "/ingestion") == (200, off)
+            assert paused_parts(node.daemon.db) == {"firehose", "backfill"}
+
+
 async def test_readiness_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with scripted() as upstream, managed(tmp_path, [upstream.url, "ws://127.0.0.1:9"]) as node:
         await until_cursors(upstream, 1)
