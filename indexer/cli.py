@@ -14,6 +14,7 @@ from types import ModuleType
 import click
 
 from indexer import __version__
+from indexer.commands.early import note_signals
 from indexer.errors import IndexerError
 
 #: command name → where its click command lives, and the line shown in the list of commands
@@ -78,6 +79,8 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; never shows a traceback for an error that we raise on purpose."""
+    if (sys.argv[1:] if arguments is None else arguments)[:1] == ["run"]:
+        note_signals()  # what it imports takes a second
     try:
         code = cli.main(arguments, standalone_mode=False)
     except IndexerError as error:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import tomllib
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -54,6 +55,7 @@ from indexer.setting_values import (
     Upstreams,
     check_lists,
     describe,
+    same_address,
 )
 from indexer.setting_values import check_address as check_address
 from indexer.setting_values import parse_bind as parse_bind
@@ -125,6 +127,17 @@ class Settings(BaseSettings):
         if str(enabled).lower() in ("true", "1", "yes", "on") and not told:
             return {**values, "events": {**events, "retention": "60m"}}
         return values
+
+    @model_validator(mode="after")
+    def _addresses_apart(self) -> Self:
+        """Each listener has an address of its own."""
+        binds = {"public.bind": self.public.bind, "management.bind": self.management.bind}
+        if self.metrics.bind:
+            binds["metrics.bind"] = self.metrics.bind
+        for (one, this), (other, that) in combinations(binds.items(), 2):
+            if same_address(this, that):
+                raise ValueError(f"{one} and {other} are the same address ({that}); give each one of its own")
+        return self
 
     @classmethod
     def settings_customise_sources(

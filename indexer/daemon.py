@@ -31,6 +31,7 @@ from indexer.ingest.audit import Auditor
 from indexer.ingest.filters import Filters
 from indexer.ingest.revisit import Revisit
 from indexer.pool import Pool
+from indexer.serve.listener import expect_free_addresses
 from indexer.serve.management import ManagementServer
 from indexer.serve.public import PublicServer
 from indexer.serve.services import Services
@@ -77,6 +78,11 @@ class Daemon:
         self._failed = asyncio.get_running_loop().create_future()
         try:
             await self._start()
+        except asyncio.CancelledError:
+            log.info("stopping", why="a signal came during the start")
+            await self._close()
+            log.info("stopped")
+            raise
         except BaseException:
             await self._close()
             raise
@@ -95,6 +101,7 @@ class Daemon:
 
     async def _start(self) -> None:
         settings = self.settings
+        expect_free_addresses(settings)  # before there is a database that nobody wanted
         self._open_store()
         self._stack.push_async_callback(self.writer.stop)
         self._spawn("writer", self._until_writer_closes)

@@ -96,6 +96,13 @@ def _is_address(host: str) -> bool:
     return True
 
 
+def same_address(bind: str, other: str) -> bool:
+    """Whether two listeners cannot have these addresses at once."""
+    (host, port), (host_2, port_2) = parse_bind(bind), parse_bind(other)
+    everywhere = {"0.0.0.0", "::"}
+    return port == port_2 != 0 and (host == host_2 or not everywhere.isdisjoint((host, host_2)))
+
+
 def is_loopback(bind: str) -> bool:
     """Whether only this machine can reach the ``address:port``."""
     host, _ = parse_bind(bind)
@@ -286,6 +293,8 @@ def describe(error: ValidationError, secrets: Collection[str]) -> str:
         given = "" if item["type"] == "value_error" or name in secrets else f" (got {item['input']!r})"
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown setting: {name}")
+        elif not name:  # it is about several
+            lines.append(item["msg"].removeprefix("Value error, "))
         else:
             lines.append(f"setting {name}: {item['msg'].removeprefix('Value error, ')}{given}")
     return "; ".join(lines)

@@ -207,3 +207,24 @@ def test_settings_without_an_effect_are_told() -> None:
     }
     told = cautions(load(overrides=tables, environment=False))
     assert [text.split()[0] for text in told] == ["disk.soft_floor_mib", "archive.cars", "store.blocks"]
+
+
+@pytest.mark.parametrize(
+    ("public", "management", "metrics", "same"),
+    [
+        ("127.0.0.1:3000", "127.0.0.1:3000", "", "public.bind and management.bind"),
+        ("0.0.0.0:3000", "127.0.0.1:3000", "", "public.bind and management.bind"),
+        ("127.0.0.1:3000", "127.0.0.1:3001", "127.0.0.1:3001", "management.bind and metrics.bind"),
+        ("127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0", None),
+        ("127.0.0.1:3000", "127.0.0.2:3000", "", None),
+    ],
+)
+def test_listeners_need_addresses_of_their_own(
+    public: str, management: str, metrics: str, same: str | None
+) -> None:
+    binds = {"public": {"bind": public}, "management": {"bind": management}, "metrics": {"bind": metrics}}
+    if same is None:
+        assert load(overrides=binds).public.bind == public
+    else:
+        with pytest.raises(ConfigError, match=f"^{same} are the same address"):
+            load(overrides=binds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ import pytest
 
 from indexer.config import Settings, load
 from indexer.daemon import Daemon
-from indexer.errors import StoreCorrupt, WriterPoisoned
+from indexer.errors import ConfigError, StoreCorrupt, WriterPoisoned
 from indexer.ingest import Ingest
 from indexer.setting_groups import FilterSettings
 from indexer.store.codecs import NEW_REPO, Mode, SyncState
@@ -233,3 +234,49 @@ async def test_another_mode_another_holder_and_a_ruined_database_are_named(tmp_p
     for manifest in db.glob("MANIFEST-*"):
         manifest.write_bytes(b"ruined")
     assert str(db) in await _fails(tmp_path)
+
+
+async def test_a_signal_before_the_start_is_noted_and_said(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(SETTINGS.format(data=tmp_path / "data", more=""))
+    program = (  # the signal comes as soon as the command is called, before it is even imported
+        "import os, signal, indexer.cli as cli; imported = cli._imported\n"
+        "cli._imported = lambda name: (os.kill(os.getpid(), signal.SIGTERM), imported(name))[1]\n"
+        "cli.main()"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, "run", "--config", str(file), stderr=asyncio.subprocess.PIPE, cwd=ROOT
+    )
+    _, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    assert json.loads(errors.splitlines()[-1])["event"] == "stopped"
+    assert not (tmp_path / "data").exists()
+
+
+async def test_a_start_that_is_broken_off_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(_daemon: Daemon) -> None:
+        await asyncio.Event().wait()
+
+    said: list[str] = []
+    monkeypatch.setattr(Daemon, "_listen", never)
+    monkeypatch.setattr("indexer.daemon.log.info", lambda event, **_: said.append(event), raising=False)
+    starting = asyncio.create_task(Daemon(_settings(tmp_path)).__aenter__())
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert said == ["stopping", "stopped"]
+
+
+@pytest.mark.parametrize("setting", ["public", "management", "metrics"])
+async def test_an_address_in_use_is_named_before_there_is_a_database(tmp_path: Path, setting: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        bind = f"127.0.0.1:{taken.getsockname()[1]}"
+        free = {name: {"bind": "127.0.0.1:0"} for name in ("public", "management")}
+        settings = load(overrides={"data_dir": tmp_path / "data", **free, setting: {"bind": bind}})
+        with pytest.raises(ConfigError, match=f"cannot listen on {bind}: another.*{setting}.bind"):
+            async with Daemon(settings):
+                raise AssertionError("it runs")
+    assert not (tmp_path / "data").exists()

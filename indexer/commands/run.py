@@ -16,6 +16,7 @@ import click
 import structlog
 
 from indexer.commands.config import cautions
+from indexer.commands.early import signal_came
 from indexer.commands.paths import NamedPath
 from indexer.config import Settings, load
 from indexer.daemon import Daemon
@@ -35,6 +36,9 @@ def run(file: Path | None) -> None:
     configure_logging(settings.log)
     for caution in cautions(settings):
         log.warning("setting", caution=caution)
+    if signal_came():
+        log.info("stopped", why="a signal came before the start")
+        return
     run_until_signal(_serve(settings))
 
 
@@ -69,6 +73,8 @@ async def _interruptible(main: Coroutine[Any, Any, None]) -> bool:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, tell)
+    if signal_came():  # before that
+        tell()
     try:
         await task
     except asyncio.CancelledError:

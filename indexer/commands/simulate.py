@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -116,15 +117,20 @@ def simulate(
             asyncio.run(_serve(config, exit_with_parent, as_json))
         else:
             uvloop.run(_serve(config, exit_with_parent, as_json))
-    except (JournalError, OSError) as problem:
+    except OSError as problem:
+        told = problem.strerror or str(problem)
+        if port_base and problem.errno == errno.EADDRINUSE:
+            raise click.ClickException(f"{told}; choose another --port-base") from None
+        raise click.ClickException(str(problem)) from None
+    except JournalError as problem:
         raise click.ClickException(str(problem)) from None
 
 
 async def _serve(config: SimConfig, exit_with_parent: bool, as_json: bool) -> None:
     end = _end_event(exit_with_parent)
     network = SimulatedNetwork(config)
-    await network.start()
     try:
+        await network.start()
         _tell(network, as_json)
         await end.wait()
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,7 +18,7 @@ from typing import Any, cast
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from indexer.config import ListenerSettings, parse_bind
+from indexer.config import ListenerSettings, Settings, parse_bind
 from indexer.errors import ConfigError
 
 #: Time that running answers get when the listener stops, in seconds.
@@ -144,11 +145,7 @@ class Listener:
             self._name = self._server.sockets[0].getsockname()[:2]
         except OSError as error:
             await self.stop()
-            busy = error.errno == errno.EADDRINUSE
-            why = "another program listens there" if busy else (error.strerror or str(error))
-            raise ConfigError(
-                f"cannot listen on {self._bind}: {why}; choose another {self._setting}"
-            ) from error
+            raise _refused(self._bind, self._setting, error) from error
 
     async def stop(self) -> None:
         """Closes the socket, gives running answers a moment, ends the rest."""
@@ -173,6 +170,36 @@ class Listener:
         if host in ("0.0.0.0", "::"):
             host = "127.0.0.1"
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def expect_free_addresses(settings: Settings) -> None:
+    """Raises `ConfigError` when an address of the settings cannot be listened on now."""
+    for setting in ("public", "management", "metrics"):
+        bind = getattr(settings, setting).bind
+        if bind:
+            expect_free(bind, f"{setting}.bind")
+
+
+def expect_free(bind: str, setting: str) -> None:
+    """Raises `ConfigError`, which names the ``setting``, when the ``address:port`` cannot be had now."""
+    host, port = parse_bind(bind)
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise _refused(bind, setting, error) from error
+
+
+def _refused(bind: str, setting: str, error: OSError) -> ConfigError:
+    busy = error.errno == errno.EADDRINUSE
+    why = "another program listens there" if busy else (error.strerror or str(error))
+    return ConfigError(f"cannot listen on {bind}: {why}; choose another {setting}")
 
 
 def client_address(request: web.BaseRequest, trusted_proxies: Sequence[str]) -> str:

@@ -19,13 +19,14 @@ class Listener:
         return f"http://{self.host}:{self.port}"
 
     @classmethod
-    async def open(cls, app: web.Application, host: str, port: int) -> Listener:
+    async def open(cls, app: web.Application, host: str, port: int, *, exact: bool = False) -> Listener:
+        """Listens on the port, or on any free one when it is taken and need not be ``exact``."""
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2, handler_cancellation=True)
         await runner.setup()
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError:
-            if not port:
+            if exact or not port:
                 await runner.cleanup()
                 raise
             await web.TCPSite(runner, host, 0).start()

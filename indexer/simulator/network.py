@@ -126,7 +126,9 @@ class SimulatedNetwork:
         apps |= {f"relay{number}": relay_app(self, number) for number in range(1, len(self.relays))}
         for offset, (name, app) in enumerate(apps.items()):
             wanted = self.config.port_base + offset if self.config.port_base else self._ports.get(name, 0)
-            self._listeners[name] = await Listener.open(app, self.config.host, wanted)
+            self._listeners[name] = await Listener.open(
+                app, self.config.host, wanted, exact=self.config.port_base > 0
+            )
         await self._names.open(self.config.host, self._ports.get("dns", 0))
         self._ports = {name: listener.port for name, listener in self._listeners.items()}
         self._ports["dns"] = self._names.port

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from indexer.cli import main
 from indexer.config import load
 from tests.paths import ROOT
 
@@ -106,3 +108,14 @@ def test_two_networks_cannot_share_a_state(tmp_path: Path) -> None:
     assert b"in use" in second.stderr
     process.terminate()
     finish(process)
+
+
+def test_a_port_in_use_that_was_asked_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit):
+            main(["simulate", "--accounts", "1", "--history-accounts", "0", "--port-base", port])
+    error = capsys.readouterr().err
+    assert f"('127.0.0.1', {port}): address already in use; choose another --port-base" in error

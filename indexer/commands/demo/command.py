@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 import orjson
+from click.core import ParameterSource
 from rich.console import Console
 from rich.live import Live
 
@@ -33,7 +34,9 @@ from indexer.commands.paths import NamedPath
 from indexer.commands.run import run_until_signal
 from indexer.config import LogSettings, Settings, load, parse_bind
 from indexer.daemon import Daemon
+from indexer.errors import StoreError
 from indexer.logs import configure_logging
+from indexer.serve.listener import expect_free
 from indexer.store.check import check
 
 CATCH_UP_S = 60.0
@@ -57,11 +60,14 @@ class Options:
     management: str
 
 
-def _address(_context: click.Context, _option: click.Parameter, value: str) -> str:
+def _address(context: click.Context, option: click.Parameter, value: str) -> str:
     try:
         parse_bind(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+    if context.get_parameter_source(option.name or "") is ParameterSource.DEFAULT:
+        return _free_address(value)
+    expect_free(value, option.opts[-1])
     return value
 
 
@@ -112,7 +118,10 @@ def demo(**arguments: Any) -> None:
 def _folder(kept: Path | None) -> Iterator[Path]:
     """The folder to work in: the one asked for, or a temporary one."""
     if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
+        try:
+            kept.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make {kept}: {error.strerror}") from error
         yield kept
         return
     folder = Path(tempfile.mkdtemp(prefix="indexer-demo-"))
@@ -162,8 +171,8 @@ def _settings(options: Options, data_dir: Path, network: SimulatedNetwork) -> Se
             "plc_urls": [network.plc_url],
             "memory_mib": 64,
             "filter": {"mode": "full"},
-            "public": {"bind": _free_address(options.public)},
-            "management": {"bind": _free_address(options.management)},
+            "public": {"bind": options.public},
+            "management": {"bind": options.management},
             "network": {"allow_private": True, "dns_server": network.dns_address},
             "gc": {"checkpoint_interval": "2s", "ttl_interval": "2s", "blocks_interval": "2s"},
             "events": {"retention": options.retention},

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import aiohttp
 import pytest
 from websockets.asyncio.client import connect
 
+from indexer.cli import main
 from indexer.commands.demo import oracle
 from indexer.commands.demo.command import _free_address
 from indexer.store.check import check
@@ -98,15 +100,29 @@ async def test_ephemeral_mode_prunes_reclaims_and_tells_a_late_reader(tmp_path: 
             await demo.wait()
 
 
-def test_a_busy_port_falls_back_to_a_free_one() -> None:
-    import socket
-
+def test_a_busy_port_falls_back_to_a_free_one_unless_it_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         assert _free_address(f"127.0.0.1:{port}") == "127.0.0.1:0"
+        for option in ("--public", "--management"):
+            with pytest.raises(SystemExit):
+                main(["demo", option, f"127.0.0.1:{port}", "--data-dir", str(tmp_path / "demo")])
+            error = capsys.readouterr().err
+            assert error.startswith(f"error: cannot listen on 127.0.0.1:{port}: another program listens")
+            assert option in error
+        assert not (tmp_path / "demo").exists()
     assert _free_address(f"127.0.0.1:{port}") == f"127.0.0.1:{port}"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        main(["demo", "--public", "127.0.0.1:0", "--data-dir", str(tmp_path / "file" / "demo")])
+    assert capsys.readouterr().err == f"error: cannot make {tmp_path}/file/demo: Not a directory\n"
 
 
 @pytest.mark.slow
