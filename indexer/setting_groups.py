@@ -183,6 +183,9 @@ class IngestSettings(Section):
     )
     inflight_batches: int = Field(8, ge=1, description="batches under verification for a source")
     inflight_mib: int = Field(64, ge=1, description="bytes of frames under verification for a source")
+    socket_frames: int = Field(
+        4, ge=1, description="frames that a source's socket may hold before the host is slowed down"
+    )
     receive_timeout: Duration = Field(
         60.0, gt=0, description="silence, pings included, after which a connection is dropped"
     )

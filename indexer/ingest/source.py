@@ -261,7 +261,7 @@ class Source:
             proxy=None,
             compression=None,
             max_size=self._settings.max_frame_bytes,
-            max_queue=SOCKET_QUEUE,
+            max_queue=self._settings.socket_frames,
             open_timeout=self._network.connect_timeout,
             ping_interval=silence / 3,
             ping_timeout=silence * 2 / 3,

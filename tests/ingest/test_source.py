@@ -282,3 +282,35 @@ async def test_the_wait_that_a_host_asks_for_is_kept_within_a_bound(
     assert least <= made.link.retry_at - made.link.last.at <= most + 0.001
     assert made.link.status()["throttled"] or not least
     await runner.cleanup()
+
+
+async def test_a_host_is_slowed_down_before_large_frames_fill_the_memory() -> None:
+    """What a socket holds counts in frames, and a frame may be 5 MB."""
+    sent, slowed, frame = 0, asyncio.Event(), bytes(4 << 20)
+
+    async def handler(request: web.Request) -> web.WebSocketResponse:
+        nonlocal sent
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        try:
+            while sent < 64:
+                async with asyncio.timeout(0.5):
+                    await socket.send_bytes(frame)
+                sent += 1
+        except TimeoutError:
+            pass
+        slowed.set()
+        return socket
+
+    class Waiting(Sink):
+        async def receive(self, data: bytes) -> bool:
+            await asyncio.Event().wait()
+            return True
+
+    runner, url = await serve(handler)
+    running = asyncio.create_task(source(url, Waiting()).run())
+    await slowed.wait()
+    running.cancel()
+    await asyncio.wait([running])
+    await runner.cleanup()
+    assert sent < 12  # the kernel's buffers, our socket's queue and one in the sink's hands
