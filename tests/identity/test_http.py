@@ -291,8 +291,14 @@ async def test_use_outside_of_its_context_is_a_mistake() -> None:
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
-        ("30", 30.0), (" 5 ", 5.0), ("", None), ("soon", None), ("-5", None), ("1e9", None),
-        ("99999999999", 1e9), ("9" * 30, 1e9),
+        ("30", 30.0),
+        (" 5 ", 5.0),
+        ("", None),
+        ("soon", None),
+        ("-5", None),
+        ("1e9", None),
+        ("99999999999", 1e9),
+        ("9" * 30, 1e9),
     ],
 )
 def test_retry_after(value: str, seconds: float | None) -> None:
