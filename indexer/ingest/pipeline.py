@@ -32,10 +32,11 @@ from indexer.ingest.account import micros_of
 from indexer.ingest.apply import Applier, Arrival, Result, label
 from indexer.ingest.machine import Act
 from indexer.ingest.notices import Notices, unplaced
-from indexer.ingest.position import OUTDATED_CURSOR, Position
+from indexer.ingest.position import OUTDATED_CURSOR, Position, batch_time
 from indexer.ingest.source import SHOWN, Upstream, lag_s
 from indexer.ingest.suspects import WORKER_DIED, verified
 from indexer.ingest.tools import IngestTools
+from indexer.ingest.unreadable import Unreadable
 from indexer.ingest.verify import Item, Verdict
 from indexer.store.transaction import Transaction
 
@@ -78,7 +79,7 @@ class Pipeline:
         self._applier = applier
         self._settings = tools.settings.ingest
         self._last_seq: Seq = 0  # of this connection
-        self._failed_at: tuple[Seq, int] = (-1, 0)
+        self._unreadable = Unreadable()
         self._unread: tuple[bytes, FrameError] | None = None
         self._open = Batch()
         self._queue: deque[Batch] = deque()
@@ -114,6 +115,7 @@ class Pipeline:
 
     def opened(self) -> None:
         self._connected, self._error, self._last_seq = True, "", 0
+        self._unreadable.connected()
 
     def closed(self, reason: str, message: str) -> None:
         self._connected, self._error = False, f"{reason}: {message[:SHOWN]}"
@@ -241,9 +243,7 @@ class Pipeline:
         seq, did = error.seq, error.did or ""
         if error.fatal:
             at = self._last_seq or self.position.resume_at or 0
-            tries = self._failed_at[1] + 1 if self._failed_at[0] == at else 1
-            self._failed_at = (at, tries)
-            if tries < UNREADABLE_TRIES:
+            if not self._unreadable.passes(at, data):
                 raise error
             log.error("unreadable_frame_skipped", upstream=self.upstream.name, after=at, error=str(error))
         if seq is None:
@@ -297,9 +297,14 @@ class Pipeline:
         )
 
     def _flush_if_idle(self) -> None:
-        """Sends what is there, unless all verifiers have work: then the batch may grow meanwhile."""
+        """Sends what is there to an idle verifier; while all have work the batch may grow.
+
+        Handing over costs as much as a dozen frames: only half a batch or more waits behind a busy one.
+        """
         self._flush_planned = False
-        if self._verifying <= self._tools.pool.workers:
+        busy = self._verifying - max(1, self._tools.pool.workers)
+        half = len(self._open.messages) * 2 >= self._settings.batch_frames
+        if busy < 0 or (busy == 0 and half):
             self._flush()
 
     def _flush(self) -> None:
@@ -343,7 +348,7 @@ class Pipeline:
             for message in batch.messages
         ]
         messages = batch.messages
-        last_time = next((micros_of(message.time) for message in reversed(messages) if message.time), 0)
+        last_time = batch_time([message.time for message in messages if message.time], self._tools.clock())
         if last_time:
             steps.append(lambda tx: tx.set_cursor(self.position.time_name, last_time))
 
