@@ -364,7 +364,8 @@ def decode_reflog(data: bytes) -> list[RefChanges]:
     return found
 
 
-def encode_quarantine(row: QuarantineRow) -> bytes:
+def encode_row(row: tuple[Any, ...]) -> bytes:
+    """Rows whose fields are packed as they are."""
     return pack(tuple(row))
 
 
@@ -372,24 +373,12 @@ def decode_quarantine(data: bytes) -> QuarantineRow:
     return QuarantineRow._make(unpack(data))
 
 
-def encode_source(row: SourceRow) -> bytes:
-    return pack(tuple(row))
-
-
 def decode_source(data: bytes) -> SourceRow:
     return SourceRow._make(unpack(data))
 
 
-def encode_archive(row: ArchiveRow) -> bytes:
-    return pack(tuple(row))
-
-
 def decode_archive(data: bytes) -> ArchiveRow:
     return ArchiveRow._make(unpack(data))
-
-
-def encode_waiting(row: WaitingRow) -> bytes:
-    return pack(tuple(row))
 
 
 def decode_waiting(data: bytes) -> WaitingRow:

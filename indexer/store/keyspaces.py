@@ -70,11 +70,11 @@ _REPO: Final = Codec[RepoRow](codecs.encode_repo, codecs.decode_repo)
 _RECORD: Final = Codec[RecordRow](codecs.encode_record, codecs.decode_record)
 _WORD: Final = Codec[tuple[AccountStatus, bool, int, Micros]](codecs.encode_word_value, codecs.decode_word)
 _CHANGES: Final = Codec[list[RefChanges]](_read_only, codecs.decode_reflog)
-_ARCHIVE: Final = Codec[ArchiveRow](codecs.encode_archive, codecs.decode_archive)
-_WAITING: Final = Codec[WaitingRow](codecs.encode_waiting, codecs.decode_waiting)
-_SOURCE: Final = Codec[SourceRow](codecs.encode_source, codecs.decode_source)
+_ARCHIVE: Final = Codec[ArchiveRow](codecs.encode_row, codecs.decode_archive)
+_WAITING: Final = Codec[WaitingRow](codecs.encode_row, codecs.decode_waiting)
+_SOURCE: Final = Codec[SourceRow](codecs.encode_row, codecs.decode_source)
 _HOST: Final = Codec[HostRow](encode_host, decode_host)
-_QUARANTINE: Final = Codec[QuarantineRow](codecs.encode_quarantine, codecs.decode_quarantine)
+_QUARANTINE: Final = Codec[QuarantineRow](codecs.encode_row, codecs.decode_quarantine)
 
 
 def _show_cid(key: tuple[Did, Cid], value: object) -> str:
