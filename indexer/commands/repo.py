@@ -257,7 +257,7 @@ def verify(daemon: Daemon, did: str, data_dir: Path | None, raw: bool) -> None:
 async def verify_offline(data_dir: Path, did: str) -> Audit:
     """An audit of a database that no daemon holds."""
     expect_whole(data_dir)
-    with Database.open(data_dir / "db", create=False) as db:
+    with Database.open(data_dir / "db", create=False, read_only=True) as db:
         if db.mode.ephemeral:
             raise RequestError("the database keeps no records (ephemeral mode)")
         return await audit(db, Pool(0), did, max_records=sys.maxsize)

@@ -317,7 +317,9 @@ async def test_repo_verify_through_the_daemon_and_offline(tmp_path: Path, capsys
         command = ["repo", "verify", did, "--management-url", node.management.url]
         assert await asyncio.to_thread(call, *command) == 0
         assert capsys.readouterr().out.startswith(f"{did}: ok (10 records, rev 3")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "db").iterdir()}
     assert await asyncio.to_thread(call, "repo", "verify", did, "--data-dir", tmp_path, "--json") == 0
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "db").iterdir()} == before
     found = json.loads(capsys.readouterr().out)
     assert (found["outcome"], found["signature"], found["data"]) == ("ok", "valid", found["rebuilt"])
     async with running(tmp_path) as node:
