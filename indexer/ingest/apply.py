@@ -15,6 +15,7 @@ from indexer.identity.resolver import INVALID_HANDLE, Identity
 from indexer.ingest.account import has_authority, is_doubtful, is_stale, micros_of, status_of
 from indexer.ingest.bans import BANNED
 from indexer.ingest.filters import Filters
+from indexer.ingest.holders import Holders, Weight
 from indexer.ingest.machine import LABELS, Act, Decision, Situation, decide, desynchronized
 from indexer.ingest.tools import IngestTools
 from indexer.ingest.verify import COMMIT, SYNC, Verdict
@@ -73,6 +74,7 @@ class Applier:
         self.ephemeral = ephemeral
         self._tools = tools
         self.wake = wake
+        self._holders = Holders(tools.db)
 
     # ---- #commit and #sync
 
@@ -183,7 +185,12 @@ class Applier:
         """Keeps the frame. At the limit of those that are vouched for they go, and only a fetch newer than
         they are will do; of others the new one goes, and the account's host is asked what was missed."""
         did, rev = arrival.did, arrival.frame.rev
-        if tx.buffer_frame(did, rev, arrival.kind, arrival.source, arrival.data, vouched=vouched):
+        while not tx.buffer_frame(did, rev, arrival.kind, arrival.source, arrival.data, vouched=vouched):
+            if vouched or not self._make_room(tx, did, row, len(arrival.data)):
+                break
+        else:
+            if not vouched:
+                self._holders.note(did, _weight(tx, did, row))
             return row
         if not vouched:
             tx.add_count(f"ingest/{arrival.source}/drop/unproven_full", 1)
@@ -196,6 +203,32 @@ class Applier:
             return row._replace(min_rev=max(row.min_rev, rev))
         situation = Situation(tx.now_us, ephemeral=self.ephemeral)
         return desynchronized(row, "buffer_full", situation, rev)
+
+    def _make_room(self, tx: Transaction, did: Did, row: RepoRow, size: int) -> bool:
+        """The largest holder of unproven frames loses them, where all together are too many and it holds
+        more than this account would; its host is asked what it missed by that. False: nobody has to go."""
+        if tx.count("buffer/unproven_bytes") + size <= self._tools.settings.ingest.unproven_mib << 20:
+            return False
+        mine = _weight(tx, did, row)
+        while (found := self._holders.heaviest()) is not None:
+            holder, told = found
+            other = tx.repo(holder)
+            weight = _weight(tx, holder, other)
+            if weight != told:
+                self._holders.note(holder, weight)
+                continue
+            if holder == did or weight <= mine._replace(size=mine.size + size):
+                return False
+            for frame in tx.buffered(holder):
+                if not frame.vouched:
+                    tx.add_count(f"ingest/{frame.source}/drop/unproven_full", 1)
+            tx.drop_buffered(holder, vouched=False)
+            self._holders.note(holder, _weight(tx, holder, other))
+            if other is not None:
+                work = other.work | Work.RESOLVE | Work.COMPARE_REV
+                self.store(tx, holder, other, other._replace(work=work))
+            return True
+        return False
 
     def failed(self, tx: Transaction, arrival: Arrival, error: Exception) -> None:
         """Stands in for a step that raised: the frame is set aside, its repository fetched anew."""
@@ -290,6 +323,10 @@ class Applier:
             tx.set_repo(did, new)
         if new.work:  # told each time, so that no failure elsewhere leaves it forgotten in the row
             self.wake(did, new.work, new.work & ~(0 if old is None else old.work))
+
+
+def _weight(tx: Transaction, did: Did, row: RepoRow | None) -> Weight:
+    return Weight(row is None or not row.signing_key, tx.unproven_size(did)[1])
 
 
 def with_identity(tx: Transaction, did: Did, row: RepoRow, identity: Identity) -> RepoRow:
