@@ -42,9 +42,6 @@ from indexer.store.transaction import Transaction
 
 log = structlog.get_logger()
 
-#: Times that a connection may end at one and the same cursor by a frame that cannot be read.
-UNREADABLE_TRIES = 3
-
 
 class Message(NamedTuple):
     """One message on its way. ``run`` does its work on the writer; ``item`` is what is verified for it."""

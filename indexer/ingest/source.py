@@ -32,8 +32,6 @@ log = structlog.get_logger()
 
 #: Wait before the first new attempt, in seconds; it doubles up to `ingest.reconnect_max`.
 FIRST_WAIT_S = 0.5
-#: Messages that the socket may hold for us before the peer is slowed down.
-SOCKET_QUEUE = 64
 #: The upgrade answer that means: this host has no firehose.
 NOT_IMPLEMENTED = 501
 #: Addresses of one host that are dialled before the attempt counts as failed.
