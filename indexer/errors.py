@@ -96,8 +96,9 @@ class CarError(BadInput):
 
 
 class MstError(BadInput):
-    """``rule`` is what a tree breaks, where that has a name: ``prefix_out_of_bounds``, ``prefix_not_maximal``,
-    ``key_not_utf8``, ``empty_node``, ``wrong_depth``, ``lost_depth``, ``order``; "" for any other."""
+    """``rule`` is what a tree breaks, where that has a name: ``prefix_out_of_bounds``,
+    ``prefix_not_maximal``, ``key_not_utf8``, ``empty_node``, ``wrong_depth``, ``lost_depth``, ``order``;
+    "" for any other."""
 
     reason = "mst"
 

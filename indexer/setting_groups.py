@@ -244,7 +244,7 @@ class BackfillSettings(Section):
     )
     proxy_rest: Duration = Field(300.0, gt=0, description="longest rest of a proxy that fails")
     verify_mib: int = Field(
-        16, ge=1, le=1024, description="largest CAR that is verified in memory; a larger one is read in windows"
+        16, ge=1, le=1024, description="largest CAR verified in memory; a larger one is read in windows"
     )
     chunk_records: int = Field(1000, ge=1, description="records applied in one step")
     chunk_kib: int = Field(4096, ge=1, description="record bytes applied in one step")

@@ -40,7 +40,7 @@ class Network:
         ends = [source.endpoint for source in session.sources]
         self.sources = [ReplaySource([], end) for end in ends] + [ReplaySource([])] * kinds.count("r")
         # In memory: a fetch that the daemon's end cuts off leaves no file open.
-        cars = {did: car if isinstance(car, bytes) else car.read_bytes() for did, car in session.cars.items()}
+        cars = {did: car.read_bytes() for did, car in session.cars.items() if isinstance(car, Path)}
         self.network = ReplayNetwork(self.sources, session.documents, cars, accounts=session.accounts)
         relays = iter(range(len(ends), len(self.sources)))
         self.at = [next(relays) if kind == "r" else int(kind) for kind in kinds]

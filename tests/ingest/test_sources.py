@@ -309,6 +309,8 @@ async def test_a_comparison_waits_for_the_change_before_it(tmp_path: Path) -> No
             del sources._all[name]
         with pytest.raises(RequestError, match="no such upstream"):
             await asked
+
+
 async def test_another_spelling_is_no_other_upstream(tmp_path: Path) -> None:
     name = "pds::ws://LOCALHOST:9/"  # as the settings have it, and the stored cursor
     async with Node(tmp_path, {"upstreams": [name]}) as node:

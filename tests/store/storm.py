@@ -198,7 +198,7 @@ class Storm:
         if row is not None or one.row.tracked:
             self.equal(f"row of {did}", row, one.row)
         start, stop = did_range(did)
-        buffered = {key[1:]: data for key, (_, data) in db.scan(RESYNC_BUFFER, start, stop)}
+        buffered = {key[1:]: row.data for key, row in db.scan(RESYNC_BUFFER, start, stop)}
         self.equal(f"buffer of {did}", buffered, one.buffered)
         words = {source: word[2] for (_, source), word in db.scan(ACCOUNT_STATUS, start, stop)}
         self.equal(f"words on {did}", words, one.words)
