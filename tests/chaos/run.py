@@ -76,6 +76,7 @@ class ChaosRun:
         self._tasks: list[asyncio.Task[None]] = []
         self._lanes = followed()
         self._poked = 0.0
+        self._stormy = 0  # samples of memory
         self._began = time.monotonic()
         self._fair: list[int] = []
 
@@ -100,6 +101,7 @@ class ChaosRun:
     async def _acts(self) -> None:
         await self._first_light()
         await self._storm()
+        self._stormy = len(self.victim.samples)
         await self._calm()
         await self._settled()
         self._say("settled")
@@ -379,8 +381,8 @@ class ChaosRun:
         }
 
     def _quarters(self) -> list[int]:
-        """The highest resident memory in each quarter of the run, MiB."""
-        samples = self.victim.samples
+        """The highest resident memory in each quarter of the storm, MiB; later whole lanes are read anew."""
+        samples = self.victim.samples[: self._stormy]
         if not samples:
             return []
         length = samples[-1].at / 4 or 1.0
