@@ -1,4 +1,4 @@
-"""Runs `async def` tests on a fresh loop and gives every test a time limit.
+"""Runs `async def` tests on a fresh loop, gives every test a time limit, takes back what it set up for logs.
 
 The limit is 30 s, `@pytest.mark.limit(seconds)` changes it. A test that overruns it fails with the
 stack of where it was (SIGALRM, so also inside native calls that return to Python).
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import pytest
+import structlog
 
 DEFAULT_LIMIT_S = 30
 
@@ -41,3 +42,4 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        structlog.reset_defaults()  # a command run in a test logs to a stream that ends with the test
