@@ -74,6 +74,17 @@ async def test_a_hurry_makes_steps_longer_and_leaves_out_the_rest() -> None:
     assert (calm.rows, hurried.rows) == (250, 500)
 
 
+async def test_a_fold_in_many_steps_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    """A step takes a part of what one life has in memory; the parts together are all of it."""
+    async with opened(tmp_path, gc={"step_rows": 1}) as store:
+        for number in range(6):
+            await store.put(ALICE, f"{POST}/{number}", f"{number}")
+        report = await store.checkpoint.run_once()
+        assert report.steps > 1
+        assert store.writer.state.refs.overlay == {}
+        store.assert_clean()
+
+
 async def test_a_checkpoint_goes_ahead_of_what_waits_at_the_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
