@@ -371,7 +371,8 @@ class StoreMachine(RuleBasedStateMachine):
     def kill_and_reopen(self, point_rows: int, step_rows: int, group_ops: int) -> None:
         self.do(self.context.__aexit__, None, None, None)
         self.open(point_rows, step_rows, group_ops)
-        assert [check(self.store.db, did).problems for did in DIDS] == [[], [], []]
+        known = [did for did in DIDS if self.store.db.repo(did) is not None]
+        assert [check(self.store.db, did).problems for did in known] == [[] for _ in known]
 
     # ---- always
 

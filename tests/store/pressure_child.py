@@ -18,7 +18,7 @@ from pathlib import Path
 from indexer.store.check import check
 from indexer.store.keyspaces import KEYSPACES
 from indexer.store.transaction import Transaction
-from tests.store.support import ALICE, REV, Store, block_of, cid_of, opened
+from tests.store.support import ALICE, REV, Store, block_of, cid_of, founded, opened
 
 QUEUE = 40
 _TICK_S = 0.002
@@ -69,6 +69,7 @@ async def watched() -> AsyncIterator[Loop]:
 
 def put(number: int, size: int, tx: Transaction) -> None:
     block = block_of(f"{number:08}" * (size // 8))
+    founded(tx, ALICE)
     tx.put_record(ALICE, f"a.b.c/{number:06}", cid_of(block), block, REV, live=True)
 
 
