@@ -19,15 +19,13 @@ from indexer.atproto.types import Did, Micros
 from indexer.backfill.hosts import host_of
 from indexer.backfill.queue import Entry, ReadyQueue
 from indexer.backfill.rows import RequestUnit
-from indexer.backfill.waits import allowance_of
 from indexer.crawl.pages import describe_url, read_collections
 from indexer.crawl.sweep import looked_for
 from indexer.crawl.sweeper import nothing_to_find
-from indexer.crawl.tools import TALLY, WAITING, WITHOUT, CrawlTools, tally
+from indexer.crawl.tools import TALLY, WAITING, WITHOUT, CrawlTools, expect_able, tally
 from indexer.errors import (
     FetchError,
     FetchRefused,
-    FetchTransient,
     IdentityError,
     IdentityGone,
     IndexerError,
@@ -210,24 +208,10 @@ class Checks:
             )
 
     async def _described(self, pds: str, host: str, did: Did) -> bytes:
-        tools = self._tools
-        tools.hosts.take(host)
-        try:
-            response = await tools.http.get(describe_url(pds, did), max_bytes=_MAX_BODY)
-            status, wait = response.status, response.retry_after
-            if status == 429:
-                raise FetchTransient("it asks for fewer requests", retry_after=wait, reason="rate_limited")
-            if status >= 500 and status != 501:
-                raise FetchTransient(f"it answered {status}", retry_after=wait, reason="http_5xx")
-        except FetchTransient as error:
-            limited = error.reason == "rate_limited"
-            tools.hosts.fault(
-                host, jitter=tools.jitter(), retry_after=error.retry_after, limited=limited, error=str(error)
-            )
-            raise
-        finally:
-            tools.hosts.release(host)
-        tools.hosts.success(host, allowance=allowance_of(response.headers, time.time()))
+        response = await self._tools.ask(
+            host, describe_url(pds, did), max_bytes=_MAX_BODY, expect=expect_able
+        )
+        status = response.status
         if status != 200:
             name, _ = response.xrpc_error()
             raise FetchRefused(f"describeRepo answered {status} {name}", status=status, name=name)

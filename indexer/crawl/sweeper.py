@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import time
 from collections.abc import Sequence
 from typing import Final
 
 import structlog
 
 from indexer.atproto.types import Nsid
-from indexer.backfill.waits import allowance_of
 from indexer.crawl.found import FoundUnit, Lister, MoveUnit, pieces
 from indexer.crawl.pages import (
     BY_COLLECTION,
@@ -41,8 +39,8 @@ from indexer.crawl.sweep import (
     next_collection,
 )
 from indexer.crawl.targets import Target, Targets, host_url
-from indexer.crawl.tools import HOST, LISTED, WITHOUT, CrawlTools, tally
-from indexer.errors import FetchError, FetchRefused, FetchTransient, StoreError, UrlRefused
+from indexer.crawl.tools import HOST, LISTED, WITHOUT, CrawlTools, expect_able, tally
+from indexer.errors import FetchError, FetchRefused, StoreError, UrlRefused
 from indexer.identity.http import Response
 from indexer.ingest.filters import Filters
 from indexer.store.codecs import after_prefix
@@ -176,22 +174,9 @@ class Sweeper:
     # ---- the question
 
     async def _get(self, target: Target, url: str) -> Response:
-        """The answer to a page's question; the host's manners are kept by the book of all hosts."""
-        tools, host = self._tools, target.host
-        tools.hosts.take(host)
-        try:
-            response = await tools.http.get(url, max_bytes=tools.limits.max_page_kib << 10)
-            _expect_good(response)
-        except FetchTransient as error:
-            limited = error.reason == "rate_limited"
-            tools.hosts.fault(
-                host, jitter=tools.jitter(), retry_after=error.retry_after, limited=limited, error=str(error)
-            )
-            raise
-        finally:
-            tools.hosts.release(host)
-        tools.hosts.success(host, allowance=allowance_of(response.headers, time.time()))
-        return response
+        """The answer to a page's question."""
+        max_bytes = self._tools.limits.max_page_kib << 10
+        return await self._tools.ask(target.host, url, max_bytes=max_bytes, expect=_expect_good)
 
     # ---- what a page tells
 
@@ -286,13 +271,8 @@ class Sweeper:
 
 def _expect_good(response: Response) -> None:
     """Raises what an answer other than 200 means."""
+    expect_able(response)
     status = response.status
-    if status == 429:
-        raise FetchTransient(
-            "it asks for fewer requests", retry_after=response.retry_after, reason="rate_limited"
-        )
-    if status >= 500 and status != 501:
-        raise FetchTransient(f"it answered {status}", retry_after=response.retry_after, reason="http_5xx")
     if status != 200:
         name, message = response.xrpc_error()
         raise FetchRefused(f"it answered {status} {name} {message[:200]}".strip(), status=status, name=name)

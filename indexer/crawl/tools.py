@@ -1,19 +1,22 @@
 """What the parts of the crawler share: one value, built by `Crawler`.
 
-Owns the tallies' names and the length of a wait. Event loop only.
+Owns the tallies' names, the length of a wait, and how a host is asked. Event loop only.
 """
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from indexer.atproto.types import Micros
 from indexer.backfill.hosts import Hosts
+from indexer.backfill.waits import allowance_of
 from indexer.config import CrawlerSettings, Settings
-from indexer.identity.http import HttpClient
+from indexer.errors import FetchTransient
+from indexer.identity.http import HttpClient, Response
 from indexer.identity.resolver import Resolver
 from indexer.ingest.apply import Applier
 from indexer.ingest.filters import Filters
@@ -55,6 +58,38 @@ class CrawlTools:
         limits = self.limits
         wait: float = min(limits.retry_max, limits.retry_min * 2.0 ** min(max(failures, 1) - 1, 30))
         return max(wait * (0.5 + self.jitter() / 2), min(asked or 0.0, limits.retry_max))
+
+    async def ask(
+        self, host: str, url: str, *, max_bytes: int, expect: Callable[[Response], None]
+    ) -> Response:
+        """The answer at ``url``; the host's manners are kept by the book of all hosts. ``expect`` raises what
+        an answer means that will not do; a `FetchTransient` is the host's fault."""
+        hosts = self.hosts
+        hosts.take(host)
+        try:
+            response = await self.http.get(url, max_bytes=max_bytes)
+            expect(response)
+        except FetchTransient as error:
+            limited = error.reason == "rate_limited"
+            hosts.fault(
+                host, jitter=self.jitter(), retry_after=error.retry_after, limited=limited, error=str(error)
+            )
+            raise
+        finally:
+            hosts.release(host)
+        hosts.success(host, allowance=allowance_of(response.headers, time.time()))
+        return response
+
+
+def expect_able(response: Response) -> None:
+    """Raises `FetchTransient` where the host cannot answer now."""
+    status = response.status
+    if status == 429:
+        raise FetchTransient(
+            "it asks for fewer requests", retry_after=response.retry_after, reason="rate_limited"
+        )
+    if status >= 500 and status != 501:
+        raise FetchTransient(f"it answered {status}", retry_after=response.retry_after, reason="http_5xx")
 
 
 def tally(tx: Transaction, outcome: str, number: int = 1) -> None:
