@@ -16,7 +16,7 @@ import orjson
 
 from bench.options import Options
 
-NAMES = ("car_walk", "verify", "live", "backfill", "gc", "disk")
+NAMES = ("car_walk", "verify", "live", "backfill", "network", "gc", "disk")
 #: Run by name only: they compare what might be, not what is.
 ALONE = ("tuning",)
 

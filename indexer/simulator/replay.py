@@ -7,16 +7,19 @@ the directory; every listener answers every question. Nothing is made up here. O
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import mmap
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from indexer.simulator.frames import frame_seq
 from indexer.simulator.listener import Listener
@@ -26,17 +29,21 @@ from indexer.simulator.stream import subscribe
 
 _ERRORS = {"takendown": "RepoTakendown", "suspended": "RepoSuspended", "deactivated": "RepoDeactivated"}
 _TICK_S = 0.002
+_PAGE = 500
 
 
 class ReplaySource(NamedTuple):
     """Frames of one sender: a length-prefixed file or the frames themselves.
 
     ``endpoint`` is how DID documents name that sender (``http://localhost:2583``); documents are then
-    served with the replay's own address in its place.
+    served with the replay's own address in its place, and the sender lists only its own accounts.
+    Every answer but the stream's takes ``latency_s``; with ``busy_every`` one of so many is a 429.
     """
 
     frames: Path | Sequence[bytes]
     endpoint: str = ""
+    latency_s: float = 0.0
+    busy_every: int = 0
 
 
 class Playback:
@@ -117,6 +124,22 @@ class Playback:
             await self._changed.wait()
 
 
+def _manners(source: ReplaySource) -> Middleware:
+    """How a source answers beside what it answers."""
+    answers = itertools.count(1)
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path.endswith("subscribeRepos"):
+            return await handler(request)
+        await asyncio.sleep(source.latency_s)
+        if source.busy_every and next(answers) % source.busy_every == 0:
+            raise web.HTTPTooManyRequests(headers={"Retry-After": "1"})
+        return await handler(request)
+
+    return middleware
+
+
 class _Pace:
     """So many frames a second since the first, to one subscriber."""
 
@@ -162,6 +185,7 @@ class ReplayNetwork:
         self.rate = rate
         self._host = host
         self._listeners: list[Listener] = []
+        self._lists: dict[str, tuple[int, list[str]]] = {}  # by endpoint: how many there were, and its own
 
     @classmethod
     def from_session(cls, folder: Path, *, rate: float | None = None) -> ReplayNetwork:
@@ -205,8 +229,8 @@ class ReplayNetwork:
     # -- life
 
     async def start(self) -> None:
-        for playback in [*self.playbacks, None]:
-            self._listeners.append(await Listener.open(self._app(playback), self._host, 0))
+        for playback, source in zip([*self.playbacks, None], [*self.sources, ReplaySource(())], strict=True):
+            self._listeners.append(await Listener.open(self._app(playback, source), self._host, 0))
 
     async def stop(self) -> None:
         await asyncio.gather(*(listener.close() for listener in self._listeners))
@@ -220,8 +244,8 @@ class ReplayNetwork:
 
     # -- answers
 
-    def _app(self, playback: Playback | None) -> web.Application:
-        app = web.Application()
+    def _app(self, playback: Playback | None, source: ReplaySource) -> web.Application:
+        app = web.Application(middlewares=[_manners(source)] if source.latency_s or source.busy_every else ())
         if playback is not None:
 
             async def stream(request: web.Request) -> web.StreamResponse:
@@ -231,7 +255,8 @@ class ReplayNetwork:
             app.router.add_get("/xrpc/com.atproto.sync.subscribeRepos", stream)
         app.router.add_get("/xrpc/com.atproto.sync.getRepo", self._get_repo)
         app.router.add_get("/xrpc/com.atproto.sync.getRepoStatus", self._repo_status)
-        app.router.add_get("/xrpc/com.atproto.sync.listRepos", self._list_repos)
+        app.router.add_get("/xrpc/com.atproto.sync.listRepos", partial(self._list_repos, source))
+        app.router.add_get("/xrpc/com.atproto.sync.listHosts", self._list_hosts)
         app.router.add_get("/.well-known/did.json", self._did_web)
         app.router.add_get("/.well-known/atproto-did", self._handle)
         app.router.add_get("/{did}", self._directory)
@@ -261,11 +286,34 @@ class ReplayNetwork:
         answer = {"did": did, "active": status == "active"}
         return reply(answer | ({"rev": self._rev(did)} if status == "active" else {"status": status}))
 
-    async def _list_repos(self, request: web.Request) -> web.StreamResponse:
-        dids = sorted({*self.cars, *self.accounts})
-        known = [(did, status) for did in dids if (status := self._status(did)) not in ("", "deleted")]
+    async def _list_repos(self, source: ReplaySource, request: web.Request) -> web.StreamResponse:
+        dids = self._dids_of(source)
+        start = bisect_right(dids, request.query.get("cursor", ""))
+        page = dids[start : start + int(request.query.get("limit", _PAGE))]
+        known = [(did, status) for did in page if (status := self._status(did)) not in ("", "deleted")]
         repos = [{"did": did, "active": status == "active", "rev": self._rev(did)} for did, status in known]
-        return reply({"repos": repos})
+        more = start + len(page) < len(dids)
+        return reply({"repos": repos} | ({"cursor": page[-1]} if more else {}))
+
+    async def _list_hosts(self, request: web.Request) -> web.StreamResponse:
+        own = zip(self.sources, self.urls, strict=True)
+        hosts = [
+            {"hostname": urlsplit(url).netloc, "status": "active"} for source, url in own if source.endpoint
+        ]
+        return reply({"hosts": hosts})
+
+    def _dids_of(self, source: ReplaySource) -> list[str]:
+        """The accounts that a source lists, sorted; looked up anew when there are others."""
+        known = len(self.cars) + len(self.accounts)
+        if source.endpoint not in self._lists or self._lists[source.endpoint][0] != known:
+            dids = sorted({*self.cars, *self.accounts})
+            own = [did for did in dids if not source.endpoint or source.endpoint in self._endpoints(did)]
+            self._lists[source.endpoint] = (known, own)
+        return self._lists[source.endpoint][1]
+
+    def _endpoints(self, did: str) -> list[str]:
+        entry = self.documents.get(did, {})
+        return [service["serviceEndpoint"] for service in entry.get("doc", entry).get("service", ())]
 
     def _status(self, did: str) -> str:
         if did in self.accounts:

@@ -13,6 +13,7 @@ import bench.live
 import bench.tuning
 import bench.verify
 from bench.__main__ import main
+from bench.network import Sample, eta_error
 
 
 def _result(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> dict[str, float]:
@@ -63,6 +64,21 @@ def test_backfill_measures_a_daemon_of_its_own(
     monkeypatch.setattr(bench.backfill, "_SIZES", (10, 50))
     metrics = _result(capsys, tmp_path, "backfill", "100")
     assert {"records_per_s_100", "compacted_records_per_s_100", "peak_mib_100"} <= set(metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.limit(120)
+def test_network_finds_every_account_from_one_address(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    metrics = _result(capsys, tmp_path, "network", "60")
+    assert {"repos_per_s_60", "records_per_s_60", "peak_mib_60", "eta_error_percent_60"} <= set(metrics)
+
+
+def test_the_time_foretold_is_judged_from_the_first_tenth_on() -> None:
+    samples = [Sample(0.5, 1, 0.1), Sample(1.0, 5, 11.0), Sample(5.0, 50, 4.0), Sample(10.0, 99, None)]
+    assert eta_error(samples) == pytest.approx(0.2)
+    assert eta_error([*samples[:2], Sample(5.0, 50, None), samples[-1]]) == 1.0
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -159,3 +161,31 @@ async def test_cars_may_be_files_or_bytes(tmp_path: Path) -> None:
                 assert answer.content_type == "application/vnd.ipld.car"
         async with session.get(f"{network.plc_url}/{DID}") as answer:
             assert (await answer.json())["id"] == DID
+
+
+async def test_a_source_lists_its_own_accounts_in_pages_and_the_hosts_beside_it() -> None:
+    homes = {"did:a": "http://pds0.test", "did:b": "http://pds1.test", "did:c": "http://pds0.test"}
+    documents = {did: {"id": did, "service": [{"serviceEndpoint": home}]} for did, home in homes.items()}
+    sources = [
+        ReplaySource([], "http://pds0.test"),
+        ReplaySource([], "http://pds1.test", latency_s=0.001, busy_every=2),
+        ReplaySource([]),
+    ]
+    cars = dict.fromkeys(homes, b"a car")
+    async with ReplayNetwork(sources, documents, cars) as network, aiohttp.ClientSession() as session:
+
+        async def ask(source: int, question: str) -> Any:
+            async with session.get(f"{network.urls[source]}/xrpc/com.atproto.sync.{question}") as answer:
+                return await answer.json() if answer.status == 200 else answer
+
+        first = await ask(0, "listRepos?limit=1")
+        assert [repo["did"] for repo in first["repos"]] == ["did:a"]
+        rest = await ask(0, f"listRepos?cursor={first['cursor']}")
+        assert [repo["did"] for repo in rest["repos"]] == ["did:c"]
+        assert "cursor" not in rest
+        assert [repo["did"] for repo in (await ask(1, "listRepos"))["repos"]] == ["did:b"]
+        assert [repo["did"] for repo in (await ask(2, "listRepos"))["repos"]] == sorted(homes)
+        refused = await ask(1, "listRepos")
+        assert (refused.status, refused.headers["Retry-After"]) == (429, "1")
+        hosts = [urlsplit(url).netloc for url in network.urls[:2]]
+        assert [host["hostname"] for host in (await ask(0, "listHosts"))["hosts"]] == hosts
