@@ -166,8 +166,11 @@ class Backfill:
         return [self._look_after_hosts, self._releases.run, self._progress.run]
 
     async def _look_after_hosts(self) -> None:
-        """Counts accounts by host where that was never done; then stores what is seen of hosts."""
+        """Counts accounts by host, and deleted ones, where that was never done; then stores what is seen of
+        hosts."""
         while not await self._writer.run("host_accounts", lambda tx: tx.count_homes(COUNTED_AT_ONCE)):
+            await asyncio.sleep(0)
+        while not await self._writer.run("deleted_accounts", lambda tx: tx.count_deleted(COUNTED_AT_ONCE)):
             await asyncio.sleep(0)
         while True:
             await asyncio.sleep(self._settings.hosts.save_interval)

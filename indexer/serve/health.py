@@ -15,6 +15,7 @@ from indexer import __version__
 from indexer.ingest import revs
 from indexer.ingest.controls import FIREHOSE, PARTS, paused_parts
 from indexer.store.codecs import AccountStatus, SyncState, after_prefix
+from indexer.store.counts import DELETED
 from indexer.store.keyspaces import COUNTS, PENDING, QUARANTINE_NEXT
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def statistics(services: Services, streams: StreamHub | None, xrpc: Xrpc | None)
         },
         "repos": {
             "total": db.count("repos"),
-            "by_state": _labelled(services, "repos/state/", [state.label for state in SyncState]),
+            "by_state": by_state(services),
             "by_status": _labelled(services, "repos/status/", [status.label for status in AccountStatus]),
         },
         "records": {"total": db.count("records"), "by_collection": _collections(services)},
@@ -119,6 +120,13 @@ def statistics(services: Services, streams: StreamHub | None, xrpc: Xrpc | None)
         "streams": streams.status() if streams else {},
         "xrpc": _answers(xrpc),
     }
+
+
+def by_state(services: Services) -> dict[str, int]:
+    """Repositories by sync state; those of deleted accounts, which wait for nothing, apart."""
+    deleted = services.db.count(DELETED)
+    found = _labelled(services, "repos/state/", [state.label for state in SyncState])
+    return {**found, "pending": found["pending"] - deleted, "deleted": deleted}
 
 
 def sources_of(services: Services) -> list[dict[str, Any]]:

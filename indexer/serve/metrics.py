@@ -73,7 +73,8 @@ class Metrics(Collector):
     def _repos(self) -> Iterator[Metric]:
         db = self._services.db
         yield _gauge("records", "Records held", db.count("records"))
-        yield _by_label("repos_by_state", "Repositories by sync state", "state", db.counts("repos/state/"))
+        states = health.by_state(self._services)
+        yield _by_label("repos_by_state", "Repositories by sync state", "state", states)
         yield _by_label(
             "repos_by_status", "Repositories by account status", "status", db.counts("repos/status/")
         )

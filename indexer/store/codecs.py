@@ -109,6 +109,8 @@ class RepoRow(NamedTuple):
     error: str
     attempt: int
     identity_at: Micros = 0  # when key and PDS were asked for; 0 is not known
+    hearsay: bool = False  # a frame or a list named it, nobody asked for it, no directory knows it so far
+    sparse: bool = False  # the tree behind ``data`` was only verified where records are wanted
 
 
 NEW_REPO: Final = RepoRow(
@@ -297,7 +299,7 @@ def decode_repo(data: bytes) -> RepoRow:
     fields = unpack(data)
     fields[1] = _STATES[fields[1]]
     fields[2] = _STATUSES[fields[2]]
-    return RepoRow(*fields)  # rows of old have no `identity_at`
+    return RepoRow(*fields)  # rows of old have fewer
 
 
 def encode_record(row: RecordRow) -> bytes:

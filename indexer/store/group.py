@@ -34,7 +34,7 @@ class Limits(NamedTuple):
     buffer_bytes: int  # of vouched frames, of all repositories
     unproven_frames_per_repo: int
     unproven_bytes: int  # of all repositories
-    quarantine_entries: int
+    quarantine_entries: int  # of all sources
     quarantine_bytes: int  # of one entry's data
     wipe_point_rows: int
 
@@ -65,7 +65,7 @@ class Group(Overlay):
         self._keep_blocks = db.mode.blocks
         self._record_rows = self._rows[RECORDS.name]
         self._block_rows = self._rows[BLOCKS.name]
-        self._repos: dict[Did, RepoRow] = {}
+        self._repos: dict[Did, RepoRow | None] = {}  # None: deleted
         self._repo_cache: dict[Did, RepoRow | None] = {}
         self._count_cache: dict[str, int] = {}
         self._cursors: dict[str, Any] = {}
@@ -90,10 +90,9 @@ class Group(Overlay):
         return self._state.next_id + len(self._events)
 
     def repo(self, did: Did) -> RepoRow | None:
-        row = self._repos.get(did)
-        if row is not None:
-            return row
-        cached = self._repo_cache.get(did, MISSING)
+        cached = self._repos.get(did, MISSING)
+        if cached is MISSING:
+            cached = self._repo_cache.get(did, MISSING)
         if cached is MISSING:
             cached = self._repo_cache[did] = self._db.repo(did)
         found: RepoRow | None = cached
@@ -218,7 +217,7 @@ class Group(Overlay):
         """Turn what is pending into rows; true when the commit must be synced (the id reserve moves)."""
         state = self._state
         for did, row in self._repos.items():
-            self._rows[REPOS.name][did.encode()] = codecs.encode_repo(row)
+            self._rows[REPOS.name][did.encode()] = None if row is None else codecs.encode_repo(row)
         must_sync = False
         if self._events:
             rows = self._rows[keyspaces.EVENTS.name]

@@ -25,6 +25,7 @@ from indexer.store.codecs import (
     WaitingRow,
 )
 from indexer.store.host_rows import HostRow, decode_host, encode_host
+from indexer.store.stranger_rows import StrangerRow, decode_stranger
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -73,6 +74,7 @@ _CHANGES: Final = Codec[list[RefChanges]](_read_only, codecs.decode_reflog)
 _ARCHIVE: Final = Codec[ArchiveRow](codecs.encode_row, codecs.decode_archive)
 _WAITING: Final = Codec[WaitingRow](codecs.encode_row, codecs.decode_waiting)
 _SOURCE: Final = Codec[SourceRow](codecs.encode_row, codecs.decode_source)
+_STRANGER: Final = Codec[StrangerRow](codecs.encode_row, decode_stranger)
 _HOST: Final = Codec[HostRow](encode_host, decode_host)
 _QUARANTINE: Final = Codec[QuarantineRow](codecs.encode_row, codecs.decode_quarantine)
 
@@ -132,6 +134,14 @@ CRAWL: Final[Keyspace[tuple[str, str], Any]] = Keyspace(
 QUARANTINE: Final[Keyspace[int, QuarantineRow]] = Keyspace(
     "quarantine", _U64, _QUARANTINE, Tuning(16, collected=True)
 )
+#: By source and place in its row: the number in `quarantine`.
+REFUSED: Final[Keyspace[tuple[str, bytes], int]] = Keyspace(
+    "refused", _DID_CID, _INT, Tuning(collected=True), _show_cid
+)
+#: Accounts without a row that a PDS named, until a directory says whether they live there; by the PDS too.
+STRANGERS: Final[Keyspace[tuple[Did, str], StrangerRow]] = Keyspace(
+    "strangers", _PAIR, _STRANGER, Tuning(bloom=True, collected=True)
+)
 #: By the SHA-256 under which the bytes lie in `cas`.
 ARCHIVES: Final[Keyspace[tuple[Did, bytes], ArchiveRow]] = Keyspace(
     "archives", _DID_CID, _ARCHIVE, Tuning(collected=True)
@@ -145,7 +155,8 @@ KEYSPACES: Final[dict[str, Keyspace[Any, Any]]] = {
     keyspace.name: keyspace
     for keyspace in (
         REPOS, ACCOUNT_STATUS, RECORDS, BLOCKS, BLOCK_REFS, REFLOG, GC_QUEUE, EVENTS, CURSORS, COUNTS,
-        PENDING, RESYNC_BUFFER, FILTER, SOURCES, HOSTS, CRAWL, QUARANTINE, ARCHIVES, ARCHIVE_QUEUE,
+        PENDING, RESYNC_BUFFER, FILTER, SOURCES, HOSTS, CRAWL, QUARANTINE, REFUSED, STRANGERS, ARCHIVES,
+        ARCHIVE_QUEUE,
     )
 }  # fmt: skip
 
@@ -166,3 +177,5 @@ LOG_CLOCK: Final = "log_clock"  # [the log's time, boot id, µs since that boot]
 WIPE: Final = "wipe/"  # + DID: a wiped life of which traces remain
 SWEEP: Final = "sweep"  # [position, end] of the sweep under way
 QUARANTINE_NEXT: Final = "quarantine/next"
+QUARANTINE_SHARED: Final = "quarantine/shared"  # from this number on frames have a place in `refused`
+QUARANTINE_SOURCE: Final = "quarantine/of/"  # + source: [its first taken place, the one after the last]

@@ -26,11 +26,11 @@ from indexer.store.codecs import (
     did_range,
     encode_cid_key,
 )
-from indexer.store.counts import EXACT, repo_names
+from indexer.store.counts import EXACT, TALLIES, repo_names
 from indexer.store.demand import BlockKey, Demand
 from indexer.store.event_check import LogOrder
 from indexer.store.findings import Findings
-from indexer.store.host_rows import ACCOUNTS, ALL_COUNTED, COUNTED, home_of
+from indexer.store.host_rows import ALL_COUNTED
 from indexer.store.keyspaces import (
     ARCHIVES,
     COUNTS,
@@ -41,6 +41,7 @@ from indexer.store.keyspaces import (
     REFLOG,
     REPOS,
     RESYNC_BUFFER,
+    STRANGERS,
 )
 from indexer.store.reads import Reads
 
@@ -62,8 +63,8 @@ class Recount:
         self.undecodable = 0  # events
         self._lives: dict[Did, int | None] = {}
         self._settled = 0  # totals that were compared with the rows of their repository
-        homes = reads.get(CURSORS, COUNTED) == ALL_COUNTED
-        self._exact = (*EXACT, ACCOUNTS) if homes else EXACT
+        self._tallies = [kind for kind in TALLIES if reads.get(CURSORS, kind.counted) == ALL_COUNTED]
+        self._exact = (*EXACT, *(kind.prefix for kind in self._tallies))
         self._demand = Demand(reads, findings, self.bounds, self._references)
 
     # ---- rows against rows
@@ -76,6 +77,7 @@ class Recount:
         self._records()
         self._buffers()
         self._archives()
+        self._strangers()
         self._log()
 
     def _repos(self) -> None:
@@ -83,8 +85,7 @@ class Recount:
             self.seen["repos"] += 1
             for name in repo_names(row):
                 self._sums[name] += 1
-            if ACCOUNTS in self._exact and (host := home_of(row)):
-                self._sums[ACCOUNTS + host] += 1
+            self._sums.update(name for kind in self._tallies if (name := kind.name_of(row)))
             if row.due and self.reads.raw_get(PENDING.name, PENDING.key.encode((row.due, did))) is None:
                 self.findings.problem(f"pending: {did} is due at {row.due} but not queued")
 
@@ -203,6 +204,10 @@ class Recount:
         for _, row in self.reads.scan(ARCHIVES, *self.bounds):
             self._sums["archives"] += 1
             self._sums["archives/bytes"] += row.size
+
+    def _strangers(self) -> None:
+        for (_, source), _ in self.reads.scan(STRANGERS, *self.bounds):
+            self._sums[f"strangers/{source}"] += 1
 
     # ---- references
 

@@ -1,4 +1,4 @@
-"""Verbs beside the records: resync buffer, quarantine, account words, archives, filter, sources, hosts.
+"""Verbs beside the records: resync buffer, strangers, account words, archives, filter, sources, hosts.
 
 The part of the transaction that does not touch records; see `Transaction`. On the writer's loop.
 """
@@ -8,21 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from indexer.atproto.types import Did, Micros, Rev, Seq
-from indexer.store import keyspaces
 from indexer.store.codecs import (
     AccountStatus,
     AccountWord,
     ArchiveRow,
     BufferedFrame,
     FrameKind,
-    QuarantineRow,
-    RepoRow,
     SourceRow,
     WaitingRow,
     did_range,
 )
-from indexer.store.group import Group
-from indexer.store.host_rows import ACCOUNTS, ALL_COUNTED, COUNTED, NO_HOST, HostRow, home_of
+from indexer.store.host_rows import NO_HOST, HostRow
 from indexer.store.keyspaces import (
     ACCOUNT_STATUS,
     ARCHIVE_QUEUE,
@@ -30,14 +26,17 @@ from indexer.store.keyspaces import (
     CRAWL,
     FILTER,
     HOSTS,
-    QUARANTINE,
     RESYNC_BUFFER,
     SOURCES,
+    STRANGERS,
 )
+from indexer.store.ring import RefusedRing
+from indexer.store.stranger_rows import StrangerRow
+from indexer.store.tallies import Tallies
 
 
-class SideVerbs(Group):
-    """Account words, waiting frames, refused frames, filter rows."""
+class SideVerbs(RefusedRing, Tallies):
+    """Account words, waiting frames, strangers, filter rows."""
 
     __slots__ = ()
 
@@ -159,15 +158,25 @@ class SideVerbs(Group):
                 self.add(self._deltas, prefix + "unproven_frames", frames)
                 self.add(self._deltas, prefix + "unproven_bytes", size)
 
-    def quarantine(self, source: str, seq: Seq, did: Did, reason: str, message: str, data: bytes) -> None:
-        """Keep a refused frame for inspection; the oldest one goes when the ring is full."""
-        number = self.cursor(keyspaces.QUARANTINE_NEXT) or 0
-        kept = data[: self._limits.quarantine_bytes]
-        row = QuarantineRow(self._clock(), source, seq, did, reason, message[:1000], len(data), kept)
-        self.put(QUARANTINE, number, row)
-        if number >= self._limits.quarantine_entries:
-            self.delete(QUARANTINE, number - self._limits.quarantine_entries)
-        self.set_cursor(keyspaces.QUARANTINE_NEXT, number + 1)
+    # ---- accounts without a row, of which a PDS sent something
+
+    def set_stranger(self, did: Did, source: str, row: StrangerRow | None) -> None:
+        """Keep that ``source`` named an account which no directory has said to live there so far; None: no
+        more. Counted by source."""
+        before = self.get(STRANGERS, (did, source))
+        if row is None:
+            self.delete(STRANGERS, (did, source))
+        else:
+            self.put(STRANGERS, (did, source), row)
+        self.add(self._deltas, f"strangers/{source}", (row is not None) - (before is not None))
+
+    def stranger(self, did: Did, source: str) -> StrangerRow | None:
+        return self.get(STRANGERS, (did, source))
+
+    def strangers(self, did: Did) -> list[tuple[str, StrangerRow]]:
+        """Which sources named it, and what they said."""
+        rows = self.raw_scan(STRANGERS.name, *did_range(did))
+        return [(STRANGERS.key.decode(key)[1], STRANGERS.value.decode(raw)) for key, raw in rows]
 
     # ---- archives
 
@@ -250,24 +259,3 @@ class SideVerbs(Group):
             self.delete(HOSTS, name)
         else:
             self.put(HOSTS, name, row)
-
-    def count_home(self, did: Did, old: RepoRow | None, new: RepoRow) -> None:
-        """The totals of accounts by host follow a repository's row, as far as they are made already."""
-        before, after = home_of(old), home_of(new)
-        if before != after and did <= (self.position(COUNTED) or ""):
-            for host, delta in ((before, -1), (after, 1)):
-                if host:
-                    self.add(self._deltas, ACCOUNTS + host, delta)
-
-    def count_homes(self, limit: int) -> bool:
-        """Count the accounts of ``limit`` more repositories by host; true when all are counted."""
-        start = self.position(COUNTED) or ""
-        stored = [did for did, _ in self._db.repos(after=start, limit=limit)]
-        stop = stored[-1] if len(stored) == limit else ALL_COUNTED
-        fresh = {did for did in self._repos if start < did <= stop}  # written by this group
-        for did in fresh.union(stored):
-            host = home_of(self.repo(did))
-            if host:
-                self.add(self._deltas, ACCOUNTS + host, 1)
-        self.set_cursor(COUNTED, stop)
-        return stop == ALL_COUNTED

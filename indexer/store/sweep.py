@@ -17,8 +17,17 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from indexer.atproto.types import Did, EventId
 from indexer.store.codecs import decode_event, did_range, encode_u64
 from indexer.store.database import Database
-from indexer.store.keyspaces import CURSORS, EVENTS, FLOOR, QUARANTINE, QUARANTINE_NEXT, SWEEP
+from indexer.store.keyspaces import (
+    CURSORS,
+    EVENTS,
+    FLOOR,
+    QUARANTINE,
+    QUARANTINE_NEXT,
+    QUARANTINE_SHARED,
+    SWEEP,
+)
 from indexer.store.overlay import CONTENT
+from indexer.store.ring import KEPT
 from indexer.store.transaction import Transaction
 from indexer.store.wipes import Wipe
 from indexer.store.worker import STEP_AIM_S, Pace
@@ -130,8 +139,7 @@ class Sweeper:
 
     async def _sweep_quarantine(self, done: dict[Did, Wipe]) -> None:
         """Refused frames of the old lives go by number. They are bulky, so a step ends by the clock."""
-        position = max(0, (self._db.cursor(QUARANTINE_NEXT) or 0) - self._entries)
-        end = max(wipe.refused for wipe in done.values())
+        position, end = 0, max(wipe.refused for wipe in done.values())
         while position < end:
             await self._between()
             started = time.perf_counter()
@@ -154,13 +162,19 @@ class Sweeper:
     async def _trim_quarantine(self) -> None:
         """The ring lets go of one frame for each new one; after a change of its length there are more."""
         position, stop = 0, (self._db.cursor(QUARANTINE_NEXT) or 0) - self._entries
+        shared = self._db.cursor(QUARANTINE_SHARED)
+        stop = stop if shared is None else min(stop, shared)
         while position < stop:
             started = time.perf_counter()
             numbers = self._numbers(position, stop)
             if not numbers:
-                return
+                break
             await self._writer.run(NAME, partial(forget_refused, numbers))
             position = numbers[-1] + 1
+            await asyncio.sleep(time.perf_counter() - started)
+        while self._db.count(KEPT) > self._entries:
+            started = time.perf_counter()
+            await self._writer.run(NAME, lambda tx: tx.trim_quarantine(self._pace.rows))
             await asyncio.sleep(time.perf_counter() - started)
 
     def _numbers(self, start: int, stop: int) -> list[int]:

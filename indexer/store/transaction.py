@@ -283,9 +283,9 @@ class Transaction(SideVerbs):
                 self.delete(PENDING, (old_due, did))
             if row.due:
                 self.put(PENDING, (row.due, did), None)
-        if old is None or old.pds != row.pds or old.tracked != row.tracked:
-            self.count_home(did, old, row)
-        if old is None or old[:3] != row[:3]:
+        if old is None or old.pds != row.pds or old[:3] != row[:3]:
+            self.tally(did, old, row)
+        if old is None or old[:3] != row[:3] or old.hearsay != row.hearsay:
             for name, delta in count_repo(old, row):
                 self.add(self._deltas, name, delta)
 
@@ -296,6 +296,27 @@ class Transaction(SideVerbs):
         row = self.repo(did)
         if row is not None and row.due:
             self.set_repo(did, row._replace(due=0))
+
+    def forget_repo(self, did: Did) -> bool:
+        """Delete the row of a repository of which nothing ever was, with all that waits for it or was said of
+        it. False, with nothing changed, where there is or was something: a key, a rev, records, archived
+        CARs, an earlier life (events of which may still be replayed), a fetch under way."""
+        old = self.repo(did)
+        if old is None or old.signing_key or old.rev or old.epoch or old.state is SyncState.BACKFILLING:
+            return False
+        if self.wipe_of(did) is not None or self.records(did, limit=1) or self._archives(did):
+            return False
+        self.drop_buffered(did)
+        for word in self.account_words(did):
+            self.drop_account_word(did, word.source)
+        if old.due:
+            self.delete(PENDING, (old.due, did))
+        self.tally(did, old, None)
+        for name, delta in count_repo(old, None):
+            self.add(self._deltas, name, delta)
+        self.write(self._repos, did, None)
+        self.ops += 1
+        return True
 
     def wipe_repo(self, did: Did, status: AccountStatus) -> None:
         """End this life of a repository: its content is gone at once, the row stays as a tombstone."""
@@ -313,7 +334,7 @@ class Transaction(SideVerbs):
             del self._refs[(did, row.epoch)]
         fresh = row._replace(
             tracked=False, state=SyncState.PENDING, status=status, epoch=row.epoch + 1, complete=False,
-            rev="", min_rev="", commit=b"", data=b"", due=0, work=0, error="", attempt=0,
+            rev="", min_rev="", commit=b"", data=b"", due=0, work=0, error="", attempt=0, hearsay=False,
         )  # fmt: skip
         before = self.wipe_of(did)
         ranged = ranged or (before is not None and before.ranged)  # not compacted yet

@@ -17,8 +17,9 @@ from indexer.serve.http_errors import Patience, Terms
 from indexer.serve.listener import Gate, client_address
 from indexer.serve.management import ManagementServer
 from indexer.serve.public import PublicServer
+from indexer.store.codecs import AccountStatus
 from indexer.store.transaction import Transaction
-from tests.serve.node import ALICE, POST, Node, fill, put, running, settings
+from tests.serve.node import ALICE, BOB, POST, Node, fill, put, running, settings
 
 _ERRORS = [
     ("GET", "/xrpc/com.example.nope", 501, "MethodNotImplemented"),
@@ -214,6 +215,17 @@ async def test_a_handle_without_an_answer_shows_nothing_of_how_it_was_asked(tmp_
             assert "secret" not in answer["message"]
 
 
+async def test_a_deleted_account_is_counted_as_that_and_not_as_pending(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        await node.writer.run("count", lambda tx: tx.count_deleted(9))
+        for did in (ALICE, BOB):
+            await fill(node, did, [f"{POST}/a"])
+        await node.writer.run("wipe", lambda tx: tx.wipe_repo(BOB, AccountStatus.DELETED))
+        async with node.http.get(f"{node.public.url}/stats") as response:
+            states = (await response.json())["repos"]["by_state"]
+        assert {name: number for name, number in states.items() if number} == {"synced": 1, "deleted": 1}
+
+
 async def test_health_and_statistics(tmp_path: Path) -> None:
     async with running(tmp_path) as node:
         await fill(node, ALICE, [f"{POST}/a", f"{POST}/b"])
@@ -224,6 +236,7 @@ async def test_health_and_statistics(tmp_path: Path) -> None:
         async with node.http.get(f"{node.public.url}/stats") as response:
             stats = await response.json()
         assert stats["repos"]["by_state"]["synced"] == 1
+        assert stats["repos"]["by_state"]["deleted"] == 0
         assert stats["repos"]["by_status"]["active"] == 1
         assert stats["records"]["by_collection"] == {POST: 2}
         assert stats["events"] == {"head": 3, "floor": 1, "total": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,87 @@ async def test_totals_follow_state_status_and_tracking(tmp_path: Path) -> None:
             "repos": 2, "repos/tracked": 1, "repos/state/synced": 2,
             "repos/status/active": 1, "repos/status/takendown": 1,
         }  # fmt: skip
+        store.assert_clean()
+
+
+HEARD = NEW_REPO._replace(tracked=True, due=50, work=1, hearsay=True)
+
+
+async def test_a_row_of_which_nothing_ever_was_leaves_no_trace(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.do(lambda tx: (tx.count_homes(9), tx.count_deleted(9)))
+
+        def heard(tx: Transaction) -> None:
+            tx.set_repo(ALICE, HEARD)
+            tx.set_account_word(ALICE, "s", AccountStatus.DEACTIVATED, False, 1, 2)
+            assert tx.buffer_frame(ALICE, "3aaaaaaaaaa22", "commit", "s", b"frame", vouched=False)
+
+        await store.do(heard)
+        assert store.db.count("repos/hearsay") == 1
+
+        def forget_and_undo(tx: Transaction) -> None:
+            assert tx.forget_repo(ALICE)
+            assert tx.repo(ALICE) is None
+            raise ValueError("undone")
+
+        with pytest.raises(ValueError, match="undone"):
+            await store.do(forget_and_undo)
+        assert store.db.repo(ALICE) == HEARD
+        assert await store.writer.run("forget", lambda tx: tx.forget_repo(ALICE))
+        assert store.db.repo(ALICE) is None
+        assert (queue(store), store.db.account_words(ALICE), store.db.counts("repos")) == ([], [], {})
+        assert store.db.counts("buffer/") == {}
+        store.assert_clean()
+        await store.do(lambda tx: tx.set_repo(ALICE, HEARD))  # and it may come again
+        store.assert_clean()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"signing_key": "did:key:z"},
+        {"rev": "3aaaaaaaaaa22"},
+        {"state": SyncState.BACKFILLING},
+    ],
+)
+async def test_a_row_of_which_something_is_known_stays(tmp_path: Path, changes: dict[str, Any]) -> None:
+    row = HEARD._replace(**changes)
+    async with opened(tmp_path) as store:
+        await store.do(lambda tx: tx.set_repo(ALICE, row))
+        assert not await store.writer.run("forget", lambda tx: tx.forget_repo(ALICE))
+        assert store.db.repo(ALICE) == row
+
+
+async def test_a_row_with_records_or_an_earlier_life_stays(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.do(
+            lambda tx: tx.set_repo(ALICE, HEARD),
+            lambda tx: tx.set_repo(BOB, HEARD),
+            put_step(ALICE, POST, "one"),
+        )
+        await store.do(lambda tx: tx.wipe_repo(BOB, AccountStatus.ACTIVE))
+        for did in (ALICE, BOB, "did:plc:c"):
+            assert not await store.writer.run("forget", partial(Transaction.forget_repo, did=did))
+        assert store.db.repo(ALICE) == HEARD
+        store.assert_clean()
+
+
+async def test_deleted_accounts_are_counted_apart_also_in_an_older_database(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.do(
+            lambda tx: tx.set_repo(ALICE, SYNCED), lambda tx: tx.set_repo(BOB, NEW_REPO),
+            lambda tx: tx.wipe_repo(ALICE, AccountStatus.DELETED),
+        )  # fmt: skip
+        assert store.db.count("deleted") == 0  # as an older program left it
+        while not await store.writer.run("count", lambda tx: tx.count_deleted(1)):
+            store.assert_clean()
+        assert store.db.count("deleted") == 1
+        await store.do(lambda tx: tx.wipe_repo(BOB, AccountStatus.DELETED))
+        assert store.db.count("deleted") == 2
+        back = store.db.repo(ALICE)
+        assert back is not None
+        await store.do(lambda tx: tx.set_repo(ALICE, back._replace(status=AccountStatus.ACTIVE)))
+        assert store.db.count("deleted") == 1
         store.assert_clean()
 
 

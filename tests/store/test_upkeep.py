@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from indexer.errors import StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreLocked
-from indexer.store.codecs import AccountStatus
+from indexer.store.codecs import AccountStatus, QuarantineRow
 from indexer.store.database import Database
-from indexer.store.keyspaces import BLOCKS, QUARANTINE
+from indexer.store.keyspaces import BLOCKS, QUARANTINE, QUARANTINE_NEXT, REFUSED
 from indexer.store.rocks import translate
 from indexer.store.transaction import Transaction
 from tests.store.support import ALICE, BOB, POST, Clock, Store, block_of, cid_of, opened, put_step
@@ -207,9 +207,9 @@ async def test_a_prune_is_made_while_a_sweep_goes_on(tmp_path: Path, monkeypatch
 # ---- quarantine
 
 
-def refused(tx: Transaction, did: str, count: int, size: int = 10) -> None:
+def refused(tx: Transaction, did: str, count: int, size: int = 10, source: str = "s") -> None:
     for number in range(count):
-        tx.quarantine("s", number, did, "r", "", b"x" * size)
+        tx.quarantine(source, number, did, "r", "", b"x" * size)
 
 
 async def test_a_ring_that_was_made_shorter_is_trimmed(tmp_path: Path) -> None:
@@ -219,6 +219,44 @@ async def test_a_ring_that_was_made_shorter_is_trimmed(tmp_path: Path) -> None:
         await store.do(lambda tx: refused(tx, ALICE, 2))
         await store.retention.run_once()
         assert [number for number, _ in store.db.scan(QUARANTINE)] == [67, 68, 69, 70, 71]
+
+
+def of_source(store: Store) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for _, row in store.db.scan(QUARANTINE):
+        found.setdefault(row.source, []).append(row.seq)
+    return found
+
+
+async def test_who_is_refused_most_loses_his_own_frames(tmp_path: Path) -> None:
+    async with opened(tmp_path, store={"quarantine_entries": 12}) as store:
+        await store.do(lambda tx: refused(tx, ALICE, 4, source="honest"))
+        for _ in range(3):
+            await store.do(lambda tx: refused(tx, ALICE, 30, source="liar"))
+        assert of_source(store) == {"honest": [0, 1, 2, 3], "liar": list(range(22, 30))}
+    async with opened(tmp_path, store={"quarantine_entries": 12}) as store:  # the shares are durable
+        await store.do(lambda tx: refused(tx, ALICE, 9, source="honest"))
+        assert of_source(store) == {"honest": [3, *range(9)][-6:], "liar": list(range(24, 30))}
+        await store.do(lambda tx: refused(tx, BOB, 4, source="third"))
+        assert {source: len(seqs) for source, seqs in of_source(store).items()} == {
+            "honest": 4, "liar": 4, "third": 4,
+        }  # fmt: skip
+        assert sum(1 for _ in store.db.scan(REFUSED)) == 12
+
+
+async def test_frames_from_before_there_were_shares_leave_one_by_one(tmp_path: Path) -> None:
+    async with opened(tmp_path, store={"quarantine_entries": 5}) as store:
+
+        def as_before(tx: Transaction) -> None:
+            for number in range(2, 7):
+                tx.put(QUARANTINE, number, QuarantineRow(0, "s", number, ALICE, "r", "", 1, b"x"))
+            tx.set_cursor(QUARANTINE_NEXT, 7)
+
+        await store.do(as_before)
+        await store.do(lambda tx: refused(tx, ALICE, 3))
+        assert [number for number, _ in store.db.scan(QUARANTINE)] == [5, 6, 7, 8, 9]
+        await store.do(lambda tx: refused(tx, ALICE, 6))
+        assert [number for number, _ in store.db.scan(QUARANTINE)] == [11, 12, 13, 14, 15]
 
 
 async def test_a_sweep_reads_the_quarantine_outside_the_writers_turn(

@@ -14,7 +14,6 @@ from indexer.commands.demo.reader import CheckingReader
 from indexer.commands.demo.table import Rates, Reading
 from indexer.daemon import Daemon
 from indexer.serve import health
-from indexer.store.codecs import SyncState
 
 
 def outcome_counts(daemon: Daemon) -> tuple[int, dict[str, int]]:
@@ -42,7 +41,7 @@ def read(daemon: Daemon) -> Reading:
         head=daemon.writer.head,
         floor=services.log.floor,
         lag_s=max(lags, default=None),
-        states={state.label: db.count(f"repos/state/{state.label}") for state in SyncState},
+        states=health.by_state(services),
         rejected=sum(rejected.values()),
         checkpoints=workers["checkpoint"]["passes"],
         reclaimed=workers["blocks_gc"]["reclaimed"],
