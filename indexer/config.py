@@ -90,6 +90,9 @@ class Settings(BaseSettings):
     plc_urls: Directories = Field(["https://plc.directory"], description="PLC directories, tried in order")
     verifiers: int = Field(1, ge=0, le=64, description="verifier processes; 0 verifies in the daemon itself")
     memory_mib: int = Field(256, ge=32, description="memory of the store: block cache and write buffers")
+    malloc_arenas: int = Field(
+        1, ge=0, description="arenas of the C library (glibc), fewer take less memory; 0 is its own choice"
+    )
     filter: FilterSettings = FilterSettings()
     public: ListenerSettings = ListenerSettings()
     management: ManagementSettings = ManagementSettings()

@@ -20,6 +20,7 @@ ALLOWED = {
     "config": {"errors", "setting_groups", "setting_values"},
     "logs": {"config"},
     "pool": _BASE,
+    "memory": set[str](),
     "atproto": {"errors"},
     "simulator": set[str](),
     "repo": {"errors", "atproto"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "crawl": _BASE | {"atproto", "store", "identity", "ingest", "backfill"},
     "serve": _BASE | {"atproto", "repo", "store", "identity", "pool", "ingest", "backfill", "crawl"},
     "daemon": _BASE
-    | {"atproto", "repo", "store", "cas", "identity", "pool", "ingest", "backfill", "crawl", "serve"},
+    | {"memory", "atproto", "repo", "store", "cas", "identity", "pool", "ingest", "backfill", "crawl", "serve"},
 }
 #: The top: the command line may import everything.
 TOP = {"cli", "commands", "__main__", "__init__"}
