@@ -37,7 +37,7 @@ def run(options: Options) -> Report:
         rates = [len(items) / seconds for seconds in timed(job, options.runs)]
         target = _TARGET if records == _TARGET_RECORDS else None
         report.add(f"commits_per_s_{records}", "commits/s", rates, target, series="commits", size=records)
-        sizes = sum(len(frame) for frame, _key in items) / len(items)
+        sizes = sum(len(frame) for frame, _key, _whole in items) / len(items)
         report.notes.append(f"{records:,} records: {len(items):,} frames of {sizes:,.0f} bytes on average")
         if options.profile is not None:
             profiled(job, options.profile, f"verify {records}")
@@ -61,5 +61,5 @@ def commit_frames(options: Options, records: int) -> list[Item]:
     for data in corpus.frames():
         frame = decode_frame(data)
         if isinstance(frame, CommitFrame):
-            items.append((data, keys[frame.repo]))
+            items.append((data, keys[frame.repo], True))
     return items

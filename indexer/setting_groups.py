@@ -255,6 +255,17 @@ class BackfillSettings(Section):
     retry_min: Duration = Field(5.0, description="first wait after a failed fetch")
     retry_max: Duration = Field(3600.0, description="longest wait after a failed fetch")
     min_rev_tries: int = Field(5, ge=1, description="fetches below min_rev before one is taken marked")
+    sparse: bool = Field(True, description="fetch only what `filter.collections` keeps, where that is less")
+    sparse_min_records: int = Field(1000, ge=0, description="what looks smaller is fetched whole anyway")
+    sparse_share: float = Field(0.5, gt=0, le=1, description="wanted part above which all is fetched")
+    sparse_blocks: int = Field(100, ge=1, le=100, description="blocks asked for in one request")
+    sparse_parallel: int = Field(4, ge=1, le=64, description="such requests at one time for one repository")
+    sparse_rounds: int = Field(128, ge=1, description="rounds of such requests after which all is fetched")
+    sparse_mib: int = Field(64, ge=1, description="most bytes received for a part; beyond, all is fetched")
+    sparse_restarts: int = Field(3, ge=0, description="newer commits met on the way until all is fetched")
+    sparse_recheck: Duration = Field(
+        86400.0, gt=0, description="time until a host that gives no parts is asked for one again"
+    )
 
 
 class HostSettings(Section):

@@ -25,6 +25,7 @@ from indexer.backfill.rows import Asked, back_again, claimed, known_identity
 from indexer.backfill.verify import IndexEntry, Verified, read_index
 from indexer.errors import FetchError
 from indexer.identity.resolver import Identity
+from indexer.repo.ranges import Range
 from indexer.store.archives import Archived
 from indexer.store.codecs import OVERSIZE, RepoRow, SyncState, Work
 from indexer.store.database import Database
@@ -49,6 +50,7 @@ class Plan:
     asked: Asked | None  # None: the CAR is not from the account's own PDS
     mark: str = ""  # stays in the row as its error
     archived: Archived | None = None  # the CAR in the archive, where there is one
+    ranges: tuple[Range, ...] = ()  # that the CAR is complete in; empty: it is the whole repository
 
 
 class Bounds(NamedTuple):
@@ -67,7 +69,7 @@ class Applied(NamedTuple):
 
 async def apply_repo(db: Database, writer: Writer, plan: Plan, bounds: Bounds) -> Applied:
     """Writes what differs from the stored repository, in units within ``bounds``, each durable in turn."""
-    steps = diff(read_index(plan.index), stored_pages(db, plan.did, bounds.changes), plan.wants)
+    steps = diff(read_index(plan.index), stored_pages(db, plan.did, bounds.changes, plan.ranges), plan.wants)
     changes = 0
     first = True
     with CarBlocks(plan.car) as blocks:
@@ -119,12 +121,16 @@ class CarBlocks:
         return data
 
 
-def stored_pages(db: Database, did: Did, size: int) -> Iterator[list[StoredRecord]]:
-    """The repository's stored rows in key order. While it is backfilling nobody else writes them."""
-    start: str | None = None
-    while page := db.records(did, start=start, limit=size):
-        yield page
-        start = page[-1][0] + "\0"
+def stored_pages(
+    db: Database, did: Did, size: int, ranges: Sequence[Range] = ()
+) -> Iterator[list[StoredRecord]]:
+    """The repository's stored rows, of ``ranges`` if there are any, in key order. While it is backfilling
+    nobody else writes them."""
+    bounds: Sequence[tuple[str | None, str | None]] = ranges or [(None, None)]
+    for start, stop in bounds:
+        while page := db.records(did, start=start, stop=stop, limit=size):
+            yield page
+            start = page[-1][0] + "\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +173,7 @@ def finished(row: RepoRow, plan: Plan, *, waiting: bool, now_us: int) -> RepoRow
     """The row once all records are in; ``waiting``: frames of the repository wait to be replayed."""
     verified = plan.verified
     row = row._replace(
-        complete=plan.wants is None and not verified.oversize,
+        complete=plan.wants is None and not verified.oversize, sparse=bool(plan.ranges),
         rev=verified.rev, data=verified.data, commit=verified.commit_block,
         error=plan.mark, attempt=0,
     )  # fmt: skip

@@ -20,11 +20,13 @@ import orjson
 
 from indexer.atproto.types import Did
 from indexer.backfill.budget import Share
+from indexer.backfill.diff import WantsCollection
 from indexer.backfill.verify import table_path
 from indexer.backfill.waits import Allowance, allowance_of
 from indexer.config import BackfillSettings
 from indexer.errors import FetchError, FetchRefused, FetchTransient
 from indexer.identity.http import HttpClient, StreamResponse, asked_wait
+from indexer.repo.ranges import Range
 
 #: Most of an error answer that is read for its name.
 MAX_ERROR_BODY = 16_384
@@ -35,13 +37,22 @@ _LEAST_PAUSE_S = 0.02
 GET_REPO = "/xrpc/com.atproto.sync.getRepo?did="
 
 
+class Part(NamedTuple):
+    """What is fetched of a repository of which not all is wanted: ranges that hold what ``wants`` takes."""
+
+    ranges: tuple[Range, ...]
+    wants: WantsCollection
+
+
 class Fetched(NamedTuple):
-    """A CAR on disk. ``allowance`` is what the host of ``url``, where redirects ended, says of its limits."""
+    """A CAR on disk. ``allowance`` is what the host of ``url``, where redirects ended, says of its limits;
+    ``part`` is None where the CAR is to hold the whole repository."""
 
     path: Path
     size: int
     allowance: Allowance | None
     url: str
+    part: Part | None = None
 
 
 class Spool:
@@ -117,7 +128,7 @@ async def fetch_repo(
         async with asyncio.timeout_at(deadline.at(0)) as timer, request as response:
             served = response.url
             if response.status != 200:
-                await _refuse(response, origin)
+                await refuse(response, origin)
             await _spool(response.chunks, path, share, deadline, timer, settings.max_mib_per_s * (1 << 20))
             allowance = allowance_of(response.headers, time.time())
     except TimeoutError as error:
@@ -158,7 +169,7 @@ async def _spool(
             timer.reschedule(deadline.at(share.size))
 
 
-async def _refuse(response: StreamResponse, origin: str) -> None:
+async def refuse(response: StreamResponse, origin: str) -> None:
     """Raises what an answer other than 200 means."""
     status, url = response.status, response.url
     wait = asked_wait(response.headers)

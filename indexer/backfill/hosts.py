@@ -45,6 +45,7 @@ class _Host:
     paced: float = 0.0  # requests a second that what is left of its allowance lasts for; 0: no word
     paced_until: float = 0.0
     lies: int = 0  # repositories that did not verify, in a row
+    whole_until: float = 0.0  # until then only whole repositories are asked for
 
     def rate(self, now: float) -> float:
         """Requests a second; 0 is no limit."""
@@ -124,12 +125,31 @@ class Hosts:
 
     def take(self, host: str) -> None:
         """A request begins."""
+        self._state(host).active += 1
+        self.pay(host)
+
+    def join(self, host: str) -> bool:
+        """One more request at once for a fetch under way, if there is room; each is paid for by `pay`."""
+        room = self._room(host)
+        if room:
+            self._state(host).active += 1
+        return room
+
+    def pay(self, host: str) -> None:
+        """A further request of a fetch under way begins."""
         state, now = self._state(host), self.clock()
-        state.active += 1
         rate = state.rate(now)
         if rate:
             state.bucket.refill(rate, now)
             state.bucket.tokens -= 1.0
+
+    def gives_parts(self, host: str) -> bool:
+        """Whether parts of repositories may be asked for: nothing is known to the contrary."""
+        return self.clock() >= self._state(host).whole_until
+
+    def gives_whole_only(self, host: str) -> None:
+        """Parts of repositories are not to be had from ``host``; that is tried again after a while."""
+        self._state(host).whole_until = self.clock() + self.settings.backfill.sparse_recheck
 
     def release(self, host: str) -> None:
         """A request ended, whichever way."""

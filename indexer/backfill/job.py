@@ -20,7 +20,7 @@ from indexer.atproto.types import Did, Micros
 from indexer.backfill.apply import Bounds, Plan, apply_repo
 from indexer.backfill.budget import ByteBudget, Share
 from indexer.backfill.diff import WantsCollection
-from indexer.backfill.fetch import Fetched, Spool, fetch_repo
+from indexer.backfill.fetch import Fetched, Part, Spool, fetch_repo
 from indexer.backfill.holds import HoldUnit
 from indexer.backfill.hosts import Hosts, host_of
 from indexer.backfill.outcome import (
@@ -34,12 +34,23 @@ from indexer.backfill.outcome import (
     worth_another_host,
 )
 from indexer.backfill.rows import Asked, ClaimUnit, FailUnit, asked_now, is_waiting
+from indexer.backfill.sparse import Ask, Sparse, Unfit, part_of
 from indexer.backfill.stats import Stats
 from indexer.backfill.verify import Verified, verify_car
 from indexer.config import Settings
-from indexer.errors import CommitError, FetchError, FetchTransient, IdentityError, IndexerError, StoreError
+from indexer.errors import (
+    BadInput,
+    CommitError,
+    FetchError,
+    FetchTransient,
+    IdentityError,
+    IndexerError,
+    SignatureInvalid,
+    StoreError,
+)
 from indexer.identity.http import PROXY, HttpClient
 from indexer.identity.resolver import Identity, Resolver
+from indexer.ingest.filters import Filters
 from indexer.pool import Pool
 from indexer.store.archives import Archives
 from indexer.store.codecs import RepoRow, SyncState, Work
@@ -50,6 +61,8 @@ log = structlog.get_logger()
 
 #: Failures in a row after which the identity is asked for before the next try.
 REFRESH_AFTER = 3
+#: Failures in a row after which the whole repository is asked for, whatever part of it is wanted.
+WHOLE_AFTER = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +83,10 @@ class Tools:
     relay: str  # origin of the relay, "" when only PDSes are followed
     drain: Callable[[Did], Awaitable[object]]
     woken: Callable[[Did], None]  # called when a row got work that is not the backfill's
-    wants: Callable[[], WantsCollection | None]  # None: every collection
+    filters: Callable[[], Filters]
     jitter: Callable[[], float]
     archives: Archives | None  # None: no CAR is kept
+    sparse: Sparse
 
 
 class Obtained(NamedTuple):
@@ -82,6 +96,7 @@ class Obtained(NamedTuple):
     identity: Identity
     asked: Asked | None  # of its own PDS; None when another host served it
     mark: str
+    part: Part | None  # None: the whole repository
 
 
 class Job:
@@ -192,23 +207,23 @@ class Job:
         share.shrink()
         self._parsed.shrink()
         asked = asked_now(tools.db, self._did) if origin == identity.pds else None
-        fetched = await self._fetch(origin, identity.pds, share)
+        fetched = await self._fetch(origin, identity, share)
         tools.stats.fetched(fetched.size)
         await self._parsed.take(fetched.size)
         share.shrink()
-        verified = await self._verified(host_of(fetched.url), identity)
+        verified = await self._verified(host_of(fetched.url), identity, fetched.part)
         newest = time.time() + tools.settings.ingest.max_future
         if tid_micros(verified.rev) > newest * 1e6:
             raise CommitError(f"rev {verified.rev} lies in the future", reason="future_rev")
-        return Obtained(verified, identity, asked, self._check_rev(verified))
+        return Obtained(verified, identity, asked, self._check_rev(verified), fetched.part)
 
-    async def _verified(self, host: str, identity: Identity) -> Verified:
+    async def _verified(self, host: str, identity: Identity, part: Part | None) -> Verified:
         """What is in the CAR. A host that serves one wrong repository after the other is left alone."""
         tools, limits = self._tools, self._tools.settings.backfill
         try:
             verified = await tools.pool.run(
                 verify_car, self._car, Spool.index_path(self._car), self._did, identity.signing_key,
-                limits.max_nodes, limits.verify_mib,
+                limits.max_nodes, limits.verify_mib, part.ranges if part else (),
             )  # fmt: skip
         except IndexerError as error:
             if judge(error).of_content:
@@ -227,9 +242,9 @@ class Job:
             raise FetchTransient(message, reason=BELOW_MIN_REV)
         return f"accepted_{BELOW_MIN_REV}: {message}"
 
-    async def _fetch(self, origin: str, pds: str, share: Share) -> Fetched:
+    async def _fetch(self, origin: str, identity: Identity, share: Share) -> Fetched:
         """What ``origin`` serves. Where it redirects to the account's PDS, the PDS answers for itself."""
-        hosts, host = self._tools.hosts, host_of(origin)
+        hosts, host, pds = self._tools.hosts, host_of(origin), identity.pds
         if host == self._held:
             self._held = ""  # its slot is given back below, before the CAR is verified
         elif hosts.free(host):
@@ -237,7 +252,7 @@ class Job:
         else:
             raise FetchTransient(f"{host} is busy", reason=HOST_BUSY)
         try:
-            fetched = await fetch_repo(
+            fetched = await self._part(origin, identity, share) or await fetch_repo(
                 self._tools.http, origin, self._did, self._car, share, self._tools.settings.backfill
             )
         except IndexerError as error:
@@ -249,6 +264,35 @@ class Job:
         served_by_pds = host_of(fetched.url) == host_of(pds)
         hosts.success(host_of(pds) if served_by_pds else host, allowance=fetched.allowance)
         return fetched
+
+    async def _part(self, origin: str, identity: Identity, share: Share) -> Fetched | None:
+        """What is wanted, where the account's PDS gives that alone; None when the whole is to be fetched."""
+        tools, row = self._tools, self._tools.db.repo(self._did)
+        if origin != identity.pds or tools.archives is not None or not tools.settings.backfill.sparse:
+            return None
+        if row is None or row.attempt >= WHOLE_AFTER:
+            return None
+        part = part_of(tools.db, self._did, tools.filters())
+        if part is None:
+            return None
+        try:
+            ask = Ask(origin, self._did, identity.signing_key, part, self._car, share)
+            fetched = await tools.sparse.fetch(ask)
+        except Unfit as unfit:
+            tools.stats.whole[unfit.reason] += 1
+            if unfit.host:
+                tools.hosts.gives_whole_only(host_of(origin))
+        except SignatureInvalid:
+            raise  # nothing else that is under this commit could be taken
+        except BadInput as error:
+            tools.stats.whole["content"] += 1
+            tools.hosts.gives_whole_only(host_of(origin))
+            tools.hosts.lied(host_of(origin), jitter=tools.jitter(), error=str(error))
+        else:
+            tools.stats.parts += 1
+            return fetched
+        share.shrink()
+        return None
 
     def _blame(self, host: str, error: IndexerError) -> None:
         failure, hosts, jitter = judge(error), self._tools.hosts, self._tools.jitter()
@@ -266,9 +310,10 @@ class Job:
         tools, verified = self._tools, obtained.verified
         archives = tools.archives
         async with archives.keeping(self._did, self._car) if archives else nullcontext() as archived:
+            part = obtained.part
             plan = Plan(
-                self._did, epoch, verified, self._car, Spool.index_path(self._car), tools.wants(),
-                obtained.identity, obtained.asked, obtained.mark, archived,
+                self._did, epoch, verified, self._car, Spool.index_path(self._car), self._wants(part),
+                obtained.identity, obtained.asked, obtained.mark, archived, part.ranges if part else (),
             )  # fmt: skip
             limits = tools.settings.backfill
             bounds = Bounds(limits.chunk_records, limits.chunk_kib << 10)
@@ -281,6 +326,13 @@ class Job:
             tools.woken(self._did)
         if applied.row.work & Work.DRAIN and applied.row.state is SyncState.BACKFILLING:
             await self._drain()
+
+    def _wants(self, part: Part | None) -> WantsCollection | None:
+        """What to keep of what was fetched; None: all of it."""
+        if part is not None:
+            return part.wants
+        filters = self._tools.filters()
+        return filters.wants_collection if filters.collections else None
 
     async def _drain(self) -> None:
         """Replays the frames that waited; a repository that is not synced after it tries again later."""

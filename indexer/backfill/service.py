@@ -20,7 +20,6 @@ import structlog
 
 from indexer.atproto.types import Did, Micros
 from indexer.backfill.budget import ByteBudget
-from indexer.backfill.diff import WantsCollection
 from indexer.backfill.fetch import Spool
 from indexer.backfill.holds import HoldUnit, Releases
 from indexer.backfill.host_book import HostBook
@@ -29,6 +28,7 @@ from indexer.backfill.job import Job, Tools
 from indexer.backfill.progress import Progress
 from indexer.backfill.queue import Entry, ReadPosition, ReadyQueue, explicit_due
 from indexer.backfill.rows import PostponeUnit, RequestUnit, is_waiting
+from indexer.backfill.sparse import Sparse
 from indexer.backfill.stats import Stats
 from indexer.config import Settings
 from indexer.identity.http import HttpClient
@@ -103,7 +103,7 @@ class Backfill:
         self.tools = Tools(
             db, writer, pool, resolver, http, settings, self._hosts, self._budget, self._parsed,
             self._spool, self._stats, relay_origin(settings.upstreams), drain, woken,
-            self._wanted_collections, jitter, archives,
+            self._filters, jitter, archives, Sparse(http, self._hosts, limits),
         )  # fmt: skip
         self._resolver = resolver
         self._ready = ReadyQueue(limits.window)
@@ -339,9 +339,8 @@ class Backfill:
         self._paused = "disk" if low else ""
         return not low
 
-    def _wanted_collections(self) -> WantsCollection | None:
-        filters = Filters.of(self._settings.filter).with_rows(self._db.filters())
-        return filters.wants_collection if filters.collections else None
+    def _filters(self) -> Filters:
+        return Filters.of(self._settings.filter).with_rows(self._db.filters())
 
     # ---- what is told
 
@@ -356,6 +355,8 @@ class Backfill:
             **self._progress.status(),
             "done": stats.done,
             "failed": dict(stats.failed),
+            "parts": stats.parts,
+            "whole": dict(stats.whole),
             "records": stats.records,
             "changes": stats.changes,
             "records_per_s": round(stats.records_per_s(), 1),

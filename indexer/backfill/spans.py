@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path as FilePath
 from typing import Final, NamedTuple, TypeAlias
 
@@ -24,6 +24,7 @@ from indexer.atproto.types import Cid, Did, DidKey, Path
 from indexer.errors import CarError, MissingBlock
 from indexer.repo.blocks import BlockStore
 from indexer.repo.preorder import WINDOW, Preorder
+from indexer.repo.ranges import Range
 from indexer.repo.tree_walk import TreeWalk
 from indexer.repo.walker import Section, checked_commit, find_commit
 
@@ -97,8 +98,14 @@ def _windows(data: mmap.mmap, commit: Section, walk: Preorder) -> Iterator[list[
         raise OrderEnds
 
 
-def any_order(data: mmap.mmap, signer: Signer, max_nodes: int, table: BlockStore) -> Found:
-    """A CAR in any order; where each block lies is kept in ``table``. Raises as `walker.index_repo`."""
+def any_order(
+    data: mmap.mmap, signer: Signer, max_nodes: int, table: BlockStore, ranges: Sequence[Range] = ()
+) -> Found:
+    """A CAR in any order; where each block lies is kept in ``table``. Raises as `walker.index_repo`.
+
+    With ``ranges``, which are in order, it need hold nothing else: every subtree that reaches into one must
+    be there, so that what is not found there is not in the repository.
+    """
     limits = _limits(data, max_nodes)
     roots, start = read_header(data, limits)
     if not roots:
@@ -111,8 +118,10 @@ def any_order(data: mmap.mmap, signer: Signer, max_nodes: int, table: BlockStore
     if block is None:
         raise MissingBlock(f"the commit {format_cid(roots[0])} is missing", cid=roots[0])
     commit = checked_commit(roots[0], block, *signer)
-    walk = TreeWalk(commit.data, limits=TreeLimits(max_nodes))
-    return Found(commit, block, _tree(data, table, walk))
+    tree = TreeLimits(max_nodes)
+    walks = [TreeWalk(commit.data, start=start, stop=stop, limits=tree) for start, stop in ranges]
+    rows = (_tree(data, table, walk) for walk in walks or [TreeWalk(commit.data, limits=tree)])
+    return Found(commit, block, chain.from_iterable(rows))
 
 
 def table_mib(max_nodes: int) -> float:

@@ -21,6 +21,8 @@ class Stats:
         self.changes = 0  # of them, what was written
         self.bytes = 0  # fetched
         self.failed: Counter[str] = Counter()
+        self.parts = 0  # fetched in place of whole repositories
+        self.whole: Counter[str] = Counter()  # why a whole one was fetched where a part was enough
 
     def fetched(self, size: int) -> None:
         self.bytes += size

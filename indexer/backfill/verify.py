@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -22,6 +22,8 @@ from indexer.atproto.mst import TreeLimits
 from indexer.atproto.types import Cid, Did, DidKey, Path, Rev
 from indexer.backfill.spans import Found, OrderEnds, Signer, Span, any_order, in_order, map_file, table_mib
 from indexer.errors import DiskError, FetchError, RecordInvalid
+from indexer.repo.blocks import MemoryBlocks
+from indexer.repo.ranges import Range
 from indexer.repo.walker import index_repo
 from indexer.store.codecs import INVALID, OVERSIZE
 
@@ -52,9 +54,17 @@ class Verified(NamedTuple):
 
 
 def verify_car(
-    car: FilePath, index: FilePath, did: Did, key: DidKey, max_nodes: int, memory_mib: int
+    car: FilePath,
+    index: FilePath,
+    did: Did,
+    key: DidKey,
+    max_nodes: int,
+    memory_mib: int,
+    ranges: Sequence[Range] = (),
 ) -> Verified:
     """Verifies the file ``car`` as the repository of ``did`` signed by ``key``; writes ``index``.
+
+    With ``ranges`` it is a part of the repository, complete in each of them, and only that is looked at.
 
     Memory stays near ``memory_mib`` (MiB), whatever the size. Raises `CarError`, `MstError` (`MissingBlock`
     for an incomplete one), `CommitError` or `SignatureInvalid`; the index file is then not complete and must
@@ -64,11 +74,15 @@ def verify_car(
     signer = Signer(did, key)
     # What memory holds is checked as a whole; the limit leaves room for the objects that this makes.
     if len(buffer) <= memory_mib * MIB:
+        if ranges:
+            return _written(index, buffer, any_order(buffer, signer, max_nodes, MemoryBlocks(), ranges))
         return _written(index, buffer, _in_memory(buffer, signer, max_nodes))
     try:
-        return _written(index, buffer, in_order(buffer, signer, max_nodes))
+        if not ranges:
+            return _written(index, buffer, in_order(buffer, signer, max_nodes))
     except OrderEnds:
-        return _on_disk(car, index, buffer, signer, max_nodes, memory_mib)
+        pass
+    return _on_disk(car, index, buffer, signer, max_nodes, memory_mib, ranges)
 
 
 def _in_memory(buffer: mmap.mmap, signer: Signer, max_nodes: int) -> Found:
@@ -82,13 +96,19 @@ def _in_memory(buffer: mmap.mmap, signer: Signer, max_nodes: int) -> Found:
 
 
 def _on_disk(
-    car: FilePath, index: FilePath, buffer: mmap.mmap, signer: Signer, max_nodes: int, memory_mib: int
+    car: FilePath,
+    index: FilePath,
+    buffer: mmap.mmap,
+    signer: Signer,
+    max_nodes: int,
+    memory_mib: int,
+    ranges: Sequence[Range],
 ) -> Verified:
     from indexer.store.spill import DiskBuilder  # RocksDB, which few verifiers ever need
 
     try:
         with DiskBuilder(max(1, memory_mib), table_mib(max_nodes)).open(table_path(car)) as table:
-            return _written(index, buffer, any_order(buffer, signer, max_nodes, table))
+            return _written(index, buffer, any_order(buffer, signer, max_nodes, table, ranges))
     except DiskError as error:
         raise FetchError(f"cannot verify a large repository: {error}", reason="spool") from error
 

@@ -42,6 +42,7 @@ class Arrival(NamedTuple):
     data: bytes  # the frame as it came
     key: DidKey = ""  # what it was verified under, "" when it was not
     identity: Identity | None = None  # where the key came from, when not from the row
+    whole: bool = True  # verified as on top of a tree that was verified as a whole
 
     @property
     def kind(self) -> FrameKind:
@@ -87,7 +88,7 @@ class Applier:
             return _UNWANTED
         if self._tools.bans.covers(row.pds, arrival.source):
             return self._banned(tx, arrival, row, verdict)
-        if verdict is None or arrival.key != row.signing_key:
+        if verdict is None or arrival.key != row.signing_key or (arrival.whole and row.sparse):
             self._tools.routes.forget(did)
             return self._unverified(tx, arrival, row)
         if verdict.signed or verdict.ahead:
@@ -131,7 +132,7 @@ class Applier:
         if decision.act is Act.APPLY:
             new = self._write(tx, arrival, verdict, decision)
             reason = reason or arrival.kind
-            self._tools.routes.put(arrival.did, new.signing_key, new.rev)
+            self._tools.routes.put(arrival.did, new)
         elif decision.act is Act.BUFFER:
             vouched = verdict.signed and has_authority(arrival.source, row.pds)
             new = self._buffer(tx, arrival, new, vouched=vouched)
@@ -167,7 +168,8 @@ class Applier:
         return decision.row._replace(commit=blocks[begin:stop], complete=complete)
 
     def _unverified(self, tx: Transaction, arrival: Arrival, row: RepoRow) -> Result:
-        """No key, or one that is not the row's any more: the frame waits with its repository."""
+        """No key, or one that is not the row's any more, or a tree before it that is not what it was taken
+        for: the frame waits with its repository."""
         if not row.status.active:
             return Result(Act.DROP, "inactive")
         if arrival.frame.rev <= row.rev:

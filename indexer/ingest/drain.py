@@ -44,13 +44,15 @@ class Progress(Enum):
 
 
 class Portion(NamedTuple):
-    """Frames of a buffer in their order, verified under ``key``. ``last``: none stood behind them."""
+    """Frames of a buffer in their order, verified under ``key``. ``last``: none stood behind them; ``whole``:
+    the tree before them was taken for one that was verified as a whole."""
 
     key: DidKey
     frames: Sequence[BufferedFrame]
     decoded: Sequence[CommitFrame | SyncFrame | None]
     verdicts: Sequence[Verdict]
     last: bool = True
+    whole: bool = False
 
 
 class Round:
@@ -102,9 +104,10 @@ class Drainer:
         frames = tools.db.buffered(did, row.epoch, limit=limit, after=after)
         if not frames or not row.signing_key:
             return Portion(row.signing_key, (), (), ())
-        verdicts = await verified(tools, [(frame.data, row.signing_key) for frame in frames])
+        whole = not row.sparse
+        verdicts = await verified(tools, [(frame.data, row.signing_key, whole) for frame in frames])
         decoded = [_decoded(frame.data) for frame in frames]
-        return Portion(row.signing_key, frames, decoded, verdicts, len(frames) < limit)
+        return Portion(row.signing_key, frames, decoded, verdicts, len(frames) < limit, whole)
 
     async def _replay(self, did: Did, portion: Portion, now: Round) -> Progress:
         try:
@@ -121,7 +124,7 @@ class Drainer:
         row = tx.repo(did)
         if row is None or (row.state is SyncState.BACKFILLING and not row.work & Work.DRAIN):
             return Progress.NOT_NOW
-        if row.signing_key != portion.key:
+        if row.signing_key != portion.key or (portion.whole and row.sparse):
             return Progress.AGAIN
         if not portion.key:
             now.left = tx.buffer_size(did)[0]

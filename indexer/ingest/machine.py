@@ -83,7 +83,7 @@ def _takes_frames(row: RepoRow, situation: Situation) -> bool:
 
 def _decide_by_state(row: RepoRow, verdict: Verdict, situation: Situation) -> Decision:
     if is_first_sight(row) and _starts_from_empty(verdict):
-        base = row._replace(complete=True)
+        base = row._replace(complete=True, sparse=False)
         return Decision(Act.APPLY, "", advanced(base, verdict, SyncState.SYNCED))
     if row.state is SyncState.BACKFILLING and not situation.draining:
         return Decision(Act.BUFFER, "backfilling", row)

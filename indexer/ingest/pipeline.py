@@ -211,28 +211,29 @@ class Pipeline:
         route = self._tools.routes.get(did)
         identity: Identity | None = None
         key: DidKey = ""
+        whole = True
         if route is not None:
             if frame.rev <= route.rev:
                 return _dropped(frame.seq, did, data, frame.time, "stale_rev")
-            key = route.key
+            key, whole = route.key, route.whole
         else:
             row = self._tools.db.repo(did)
             if row is not None:
                 if not row.tracked:
                     return _dropped(frame.seq, did, data, frame.time, "unwanted")
-                key = row.signing_key
+                key, whole = row.signing_key, not row.sparse
                 if key:
-                    self._tools.routes.put(did, key, row.rev)
+                    self._tools.routes.put(did, row)
             elif not self._applier.wants_unknown(did, frame):
                 return _dropped(frame.seq, did, data, frame.time, "unwanted")
             else:
                 identity = self._tools.resolver.cached(did)
                 key = identity.signing_key if identity is not None else ""
-        arrival = Arrival(self.upstream.name, frame.seq, did, frame, data, key, identity)
+        arrival = Arrival(self.upstream.name, frame.seq, did, frame, data, key, identity, whole)
         return Message(
             frame.seq, did, data, frame.time,
             lambda tx, verdict: self._applier.frame(tx, arrival, verdict),
-            arrival, (data, key) if key else None,
+            arrival, (data, key, whole) if key else None,
         )  # fmt: skip
 
     def _malformed(self, data: bytes, error: FrameError) -> Message | None:

@@ -20,6 +20,7 @@ from indexer.ingest.bans import Bans
 from indexer.ingest.clock import ClockWatch
 from indexer.ingest.verify import VerifyLimits
 from indexer.pool import Pool
+from indexer.store.codecs import RepoRow
 from indexer.store.database import Database
 from indexer.store.writer import Writer
 
@@ -28,10 +29,12 @@ _LAST_CLOCK = 1023
 
 
 class Route(NamedTuple):
-    """What the intake knows of a followed repository. ``rev``: frames up to it are applied."""
+    """What the intake knows of a followed repository. ``rev``: frames up to it are applied; ``whole``: the
+    tree that it stands at was verified as a whole."""
 
     key: DidKey
     rev: Rev
+    whole: bool
 
 
 class Routes:
@@ -47,10 +50,10 @@ class Routes:
     def get(self, did: Did) -> Route | None:
         return self._known.get(did)
 
-    def put(self, did: Did, key: DidKey, rev: Rev) -> None:
+    def put(self, did: Did, row: RepoRow) -> None:
         if len(self._known) >= self._limit and did not in self._known:
             self._known.clear()
-        self._known[did] = Route(key, rev)
+        self._known[did] = Route(row.signing_key, row.rev, not row.sparse)
 
     def forget(self, did: Did) -> None:
         self._known.pop(did, None)

@@ -43,8 +43,9 @@ _CAR_LIMITS: Final = Limits(
 #: (action, path, CID or None, start, end, flags): the record is ``frame.blocks[start:end]``.
 VerifiedOp: TypeAlias = tuple[str, Path, Cid | None, int, int, int]
 Span: TypeAlias = tuple[int, int]
-#: A frame's bytes and the key that is to have signed its commit.
-Item: TypeAlias = tuple[bytes, DidKey]
+#: A frame's bytes, the key that is to have signed its commit, and whether the tree at which its repository
+#: stands was verified as a whole.
+Item: TypeAlias = tuple[bytes, DidKey, bool]
 
 
 class Outcome(IntEnum):
@@ -83,7 +84,7 @@ class VerifyLimits(NamedTuple):
     """Bounds of a batch. ``max_rev`` is the newest rev that is not in the future (row 7).
 
     ``valid_base``: a commit only counts on top of a tree that was verified as a whole (row 13, which is the
-    writer's); not so in ephemeral mode, where any commit may become the base.
+    writer's); not so in ephemeral mode, where any commit may become the base, nor where a part was fetched.
     """
 
     max_rev: Rev
@@ -122,7 +123,8 @@ class Refusal(Exception):
 
 def verify_batch(items: Sequence[Item], limits: VerifyLimits) -> list[Verdict]:
     """A verdict for each frame, in order. Never raises for what a frame holds."""
-    return [verify_frame(data, key, limits) for data, key in items]
+    unproven = limits._replace(valid_base=False)
+    return [verify_frame(data, key, limits if whole else unproven) for data, key, whole in items]
 
 
 def verify_frame(data: bytes, key: DidKey, limits: VerifyLimits) -> Verdict:

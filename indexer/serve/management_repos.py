@@ -209,6 +209,7 @@ def describe(did: Did, row: RepoRow) -> dict[str, Any]:
         "status": row.status.label,
         "active": row.status.active,
         "complete": row.complete,
+        "sparse": row.sparse,
         "rev": row.rev or None,
         "head": format_cid(dag_cbor_cid(row.commit)) if row.commit else None,
         "handle": row.handle or None,

@@ -65,6 +65,7 @@ class Account:
         self.flaws: dict[str, str] = {}  # of records that break the data model
         self._paths: list[str] = []
         self._place: dict[str, int] = {}
+        self._by_cid: dict[bytes, bytes] = {}  # blocks of the commit for which they were last asked
 
     def write(self, writes: Sequence[Write]) -> list[Change]:
         """Apply all writes or, when one cannot be applied, none."""
@@ -143,6 +144,15 @@ class Account:
         for cid, block in self.tree.walk():
             found.setdefault(cid, block or by_cid[cid])
         return list(found.items())
+
+    def chosen(self, cids: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None:
+        """These blocks of the current commit; None when one of them is not in it."""
+        if self._by_cid.get(self.commit_cid) != self.commit:
+            self._by_cid = dict(self.blocks())
+        try:
+            return [(cid, self._by_cid[cid]) for cid in cids]
+        except KeyError:
+            return None
 
     def proof(self, path: str) -> list[tuple[bytes, bytes]]:
         """Commit, the nodes that prove presence or absence of ``path``, and its record."""

@@ -24,6 +24,7 @@ from indexer.simulator.faults import (
     BY_COLLECTION,
     DESCRIBE,
     DOCUMENT,
+    GET_BLOCKS,
     GET_RECORD,
     GET_REPO,
     LATEST,
@@ -47,6 +48,7 @@ WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
 _ROUTES: Final = {
     "/xrpc/com.atproto.sync.getRepo": GET_REPO,
     "/xrpc/com.atproto.sync.getRecord": GET_RECORD,
+    "/xrpc/com.atproto.sync.getBlocks": GET_BLOCKS,
     "/xrpc/com.atproto.sync.getRepoStatus": STATUS,
     "/xrpc/com.atproto.sync.getLatestCommit": LATEST,
     "/xrpc/com.atproto.sync.listRepos": LIST_REPOS,

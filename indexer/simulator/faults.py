@@ -16,15 +16,15 @@ from typing import Any
 from indexer.simulator.account import ActionError
 
 #: What may be asked of a host, by the name under which a fault can be aimed at it.
-DOCUMENT, GET_REPO, GET_RECORD, STATUS, LATEST = (
-    "document", "getRepo", "getRecord", "getRepoStatus", "getLatestCommit",
+DOCUMENT, GET_REPO, GET_RECORD, GET_BLOCKS, STATUS, LATEST = (
+    "document", "getRepo", "getRecord", "getBlocks", "getRepoStatus", "getLatestCommit",
 )  # fmt: skip
 LIST_REPOS, RESOLVE_HANDLE, WELL_KNOWN, DNS = "listRepos", "resolveHandle", "wellKnown", "dns"
 BY_COLLECTION, LIST_HOSTS, DESCRIBE = "listReposByCollection", "listHosts", "describeRepo"
 OTHER = "other"
 ROUTES = (
-    DOCUMENT, GET_REPO, GET_RECORD, STATUS, LATEST, LIST_REPOS, BY_COLLECTION, LIST_HOSTS, DESCRIBE,
-    RESOLVE_HANDLE, WELL_KNOWN, DNS, OTHER,
+    DOCUMENT, GET_REPO, GET_RECORD, GET_BLOCKS, STATUS, LATEST, LIST_REPOS, BY_COLLECTION, LIST_HOSTS,
+    DESCRIBE, RESOLVE_HANDLE, WELL_KNOWN, DNS, OTHER,
 )  # fmt: skip
 
 

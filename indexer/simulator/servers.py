@@ -13,7 +13,7 @@ import orjson
 from aiohttp import web
 
 from indexer.simulator.account import ACTIVE, DELETED, Account
-from indexer.simulator.cbor import cid_text, to_json
+from indexer.simulator.cbor import cid_bytes, cid_text, to_json
 from indexer.simulator.documents import document
 from indexer.simulator.fault_delivery import WHOLE, faulty, host_name
 from indexer.simulator.framelog import Lane
@@ -127,6 +127,7 @@ def pds_app(network: SimulatedNetwork, number: int) -> web.Application:
         {
             "/xrpc/com.atproto.sync.getRepo": get_repo,
             "/xrpc/com.atproto.sync.getRecord": get_proof,
+            "/xrpc/com.atproto.sync.getBlocks": _chooser(hosted),
             "/xrpc/com.atproto.sync.getLatestCommit": latest_commit,
             "/xrpc/com.atproto.sync.getRepoStatus": repo_status,
             "/xrpc/com.atproto.sync.listRepos": list_repos,
@@ -288,6 +289,13 @@ def _limit(request: web.Request, default: int, most: int) -> int:
     return int(text)
 
 
+def _cids(request: web.Request) -> list[bytes]:
+    try:
+        return [cid_bytes(text) for text in request.query.getall("cids", [])]
+    except ValueError as error:
+        raise _Refused("InvalidRequest", f"Error: cids must be CIDs: {error}") from error
+
+
 def _page_of_repos(request: web.Request, accounts: list[Account], pds: int | None) -> web.Response:
     """By DID; the last page has no cursor."""
     limit, cursor = _limit(request, 500, 1000), request.query.get("cursor", "")
@@ -354,6 +362,16 @@ def _describer(
         return reply(answer)
 
     return describe
+
+
+def _chooser(hosted: Callable[[web.Request], Account]) -> Handler:
+    async def get_blocks(request: web.Request) -> web.StreamResponse:
+        blocks = hosted(request).chosen(_cids(request))
+        if blocks is None:
+            raise _Refused("BlockNotFound", "Could not find cids")
+        return web.Response(body=car(None, blocks), content_type=CAR_TYPE)
+
+    return get_blocks
 
 
 def _page_of_records(request: web.Request, account: Account) -> web.Response:

@@ -71,8 +71,9 @@ def varint(number: int) -> bytes:
     return bytes(out)
 
 
-def car_header(root: bytes) -> bytes:
-    body = encode({"roots": [Link(root)], "version": 1})
+def car_header(root: bytes | None) -> bytes:
+    """Without a root: of blocks that were asked for by their CIDs."""
+    body = encode({"roots": [] if root is None else [Link(root)], "version": 1})
     return varint(len(body)) + body
 
 
@@ -80,7 +81,7 @@ def car_section(cid: bytes, block: bytes) -> bytes:
     return varint(len(cid) + len(block)) + cid + block
 
 
-def car(root: bytes, blocks: Iterable[tuple[bytes, bytes]]) -> bytes:
+def car(root: bytes | None, blocks: Iterable[tuple[bytes, bytes]]) -> bytes:
     return b"".join((car_header(root), *(car_section(cid, block) for cid, block in blocks)))
 
 

@@ -88,14 +88,17 @@ class Host:
 
     async def __aenter__(self) -> Self:
         app = web.Application()
-        app.router.add_get("/xrpc/com.atproto.sync.getRepo", self._get_repo)
-        app.router.add_get("/{did}", self._document)
+        for path, handler in self.routes().items():
+            app.router.add_get(path, handler)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
         return self
+
+    def routes(self) -> dict[str, Handler]:
+        return {"/xrpc/com.atproto.sync.getRepo": self._get_repo, "/{did}": self._document}
 
     async def __aexit__(self, *_: object) -> None:
         if self._runner is not None:

@@ -75,7 +75,7 @@ def kill_workers_at(monkeypatch: pytest.MonkeyPatch, *killers: bytes) -> list[li
 
     async def fragile(self: Pool, function: Any, /, *args: Any) -> Any:
         if function.__name__ == "verify_batch":
-            frames = [data for data, _ in args[0]]
+            frames = [data for data, _, _ in args[0]]
             if any(frame in killers for frame in frames):
                 raise WorkerDied("a worker process died twice")
             batches.append(frames)

@@ -141,7 +141,7 @@ async def test_frames_that_come_while_others_are_replayed_are_verified_in_the_po
 
         async def pooled(tools: IngestTools, items: Sequence[Item]) -> list[Verdict]:
             verdicts = await verified(tools, items)
-            seen.extend(data for data, _ in items)
+            seen.extend(data for data, _, _ in items)
             if len(seen) == 1:
                 await node.writer.run("late", lambda tx: buffer(tx, *late))
             return verdicts

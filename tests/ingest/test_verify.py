@@ -62,7 +62,7 @@ def test_a_good_commit_gives_its_operations_as_spans_of_its_blocks(curve: str) -
 
 def test_a_verdict_survives_the_way_back_from_a_worker() -> None:
     forge, parts = changed()
-    (verdict,) = verify_batch([(parts.encode(), forge.key)], LIMITS)
+    (verdict,) = verify_batch([(parts.encode(), forge.key, True)], LIMITS)
     assert pickle.loads(pickle.dumps(verdict)) == verdict
 
 

@@ -1,0 +1,308 @@
+"""A part of a repository into a file: signed commit, nodes that lead to some collections, their records.
+
+Owns the rounds: `getRecord` for the signed root and a way into the tree, then `getBlocks` for what the plan
+(`repo.ranges`) misses, until nothing is. What comes is hashed and checked in its place; the file is proven
+once more, as a whole CAR is, before anything of it counts. A repository that moves on meanwhile is gone on
+with from its newer root, and what was fetched is kept. Where a part is not to be had, or not worth it,
+`Unfit` says so and the whole is fetched. Leaves out whom to ask and what a failure means. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Final, NamedTuple
+from urllib.parse import quote
+
+from indexer.atproto.car import CarSplitter, Limits, car_block, car_header
+from indexer.atproto.cid import format_cid
+from indexer.atproto.mst import EMPTY_ROOT, TreeLimits
+from indexer.atproto.types import Cid, Did, DidKey
+from indexer.backfill.budget import Share
+from indexer.backfill.fetch import Fetched, Part, refuse
+from indexer.backfill.hosts import Hosts, host_of
+from indexer.backfill.outcome import ACCOUNT_ANSWERS, HOST_BUSY
+from indexer.backfill.waits import allowance_of
+from indexer.config import BackfillSettings
+from indexer.errors import CarError, FetchError, FetchRefused, FetchTransient
+from indexer.identity.http import HttpClient
+from indexer.ingest.filters import Filters
+from indexer.repo.ranges import Estimate, Range, RangePlan, probe_of, ranges_of
+from indexer.repo.walker import checked_commit
+from indexer.store.database import Database
+
+GET_RECORD: Final = "/xrpc/com.atproto.sync.getRecord?did="
+GET_BLOCKS: Final = "/xrpc/com.atproto.sync.getBlocks?did="
+#: Statuses that may be about the blocks that were asked for: the repository may have moved on.
+_NOT_THERE: Final = 400
+_LEAST_PAUSE_S: Final = 0.02
+
+
+class Unfit(Exception):
+    """The whole repository is to be fetched. ``host``: this host's others as well."""
+
+    def __init__(self, reason: str, *, host: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.host = host
+
+
+class Ask(NamedTuple):
+    """What is asked for, of whom, and who must have signed it."""
+
+    origin: str
+    did: Did
+    key: DidKey
+    part: Part
+    car: FilePath
+    share: Share
+
+
+def part_of(db: Database, did: Did, filters: Filters) -> Part | None:
+    """The part of a repository that is enough: what is wanted, unless other records are stored, of which
+    only the whole repository tells what became of them."""
+    ranges = ranges_of(filters.collections)
+    if not ranges or holds_more(db, did, ranges):
+        return None
+    return Part(ranges, filters.wants_collection)
+
+
+def holds_more(db: Database, did: Did, ranges: Sequence[Range]) -> bool:
+    """Whether a record is stored outside of ``ranges``."""
+    start: str | None = None
+    for wanted in ranges:
+        if db.records(did, start=start, stop=wanted.start, limit=1):
+            return True
+        start = wanted.stop
+    return bool(db.records(did, start=start, limit=1))
+
+
+def unfit(estimate: Estimate, settings: BackfillSettings, rounds: int, *, first: bool) -> str:
+    """Why the whole repository is the better choice, "" while it is not; ``rounds`` are left."""
+    if first and estimate.total < settings.sparse_min_records:
+        return "small"
+    if estimate.share > settings.sparse_share:
+        return "share"
+    if estimate.wanted > rounds * settings.sparse_parallel * settings.sparse_blocks:
+        return "rounds"
+    return ""
+
+
+class SpooledBlocks:
+    """Blocks in a file that is a CAR once its root is set; memory holds where they lie. A context manager."""
+
+    def __init__(self, path: FilePath) -> None:
+        self._file = path.open("wb+", buffering=0)
+        self._spans: dict[Cid, int] = {}  # start, shifted by 32 bits, and length
+        self.size = self.set_root(EMPTY_ROOT)
+
+    def __enter__(self) -> SpooledBlocks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __contains__(self, cid: Cid) -> bool:
+        return cid in self._spans
+
+    def get(self, cid: Cid) -> bytes | None:
+        span = self._spans.get(cid)
+        if span is None:
+            return None
+        return os.pread(self._file.fileno(), span & 0xFFFFFFFF, span >> 32)
+
+    def set_root(self, cid: Cid) -> int:
+        """Writes the header; its length, which is the same for every root."""
+        return os.pwrite(self._file.fileno(), car_header([cid]), 0)
+
+    def add(self, cid: Cid, block: bytes) -> None:
+        if cid in self._spans:
+            return
+        section = car_block(cid, block)
+        end = self.size + len(section)
+        os.pwrite(self._file.fileno(), section, self.size)
+        self._spans[cid] = (end - len(block)) << 32 | len(block)
+        self.size = end
+
+
+@dataclass(slots=True)
+class Sparse:
+    """Fetches parts of repositories, within the limits of the settings."""
+
+    http: HttpClient
+    hosts: Hosts
+    settings: BackfillSettings
+
+    async def fetch(self, ask: Ask) -> Fetched:
+        """Raises `Unfit`, what is wrong with the content (`BadInput`), and what a fetch raises."""
+        if not self.hosts.gives_parts(host_of(ask.origin)):
+            raise Unfit("host")
+        now = asyncio.get_running_loop().time
+        try:
+            async with asyncio.timeout(self.settings.timeout) as limit:
+                with SpooledBlocks(ask.car) as blocks:
+                    return await _Fetch(self, ask, blocks, now).run()
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            message = f"{ask.origin} gave no whole part within {self.settings.timeout:g} s"
+            raise FetchTransient(message, reason="timeout").met_at(ask.origin) from error
+        except OSError as error:
+            raise FetchError(f"cannot spool a part of a repository: {error}", reason="spool") from error
+        finally:
+            ask.share.waits(None)
+
+
+class _Fetch:
+    """One part, once."""
+
+    def __init__(self, tools: Sparse, ask: Ask, blocks: SpooledBlocks, now: Callable[[], float]) -> None:
+        self._tools = tools
+        self._settings = tools.settings
+        self._ask = ask
+        self._host = host_of(ask.origin)
+        self._blocks = blocks
+        self._now = now
+        self._begun = now()
+        self._received = 0
+        self._root: Cid = b""
+        self._rev = ""
+        self._restarts = 0
+        self._url = ask.origin
+        self._plan: RangePlan
+
+    async def run(self) -> Fetched:
+        settings, ask = self._settings, self._ask
+        await self._begin()
+        for number in range(settings.sparse_rounds):
+            wanted = self._plan.missing(settings.sparse_blocks * settings.sparse_parallel)
+            if not wanted:
+                return Fetched(ask.car, self._blocks.size, None, self._url, ask.part)
+            left = settings.sparse_rounds - number
+            if reason := unfit(self._plan.estimate(), settings, left, first=not number):
+                raise Unfit(reason)
+            if not await self._round(wanted):
+                await self._begin_anew()
+        raise Unfit("rounds")
+
+    async def _begin(self) -> None:
+        """The signed root, and what lies on the way to the first range."""
+        ask = self._ask
+        collection, rkey = probe_of(ask.part.ranges[0])
+        try:
+            roots = await self._answer(f"{self._base(GET_RECORD)}&collection={collection}&rkey={rkey}", None)
+        except FetchRefused as error:
+            if error.name in ACCOUNT_ANSWERS:
+                raise
+            raise Unfit("no_proofs", host=True) from error
+        block = self._blocks.get(roots[0]) if roots else None
+        if block is None:
+            raise CarError("a proof without its commit", reason="car")
+        commit = checked_commit(roots[0], block, ask.did, ask.key)
+        if commit.rev < self._rev:
+            raise Unfit("moving")  # servers behind one name that do not agree
+        self._root, self._rev = roots[0], commit.rev
+        self._blocks.set_root(self._root)
+        limits = TreeLimits(self._settings.max_nodes)
+        self._plan = RangePlan(commit.data, ask.part.ranges, self._blocks, limits)
+
+    def _base(self, path: str) -> str:
+        return f"{self._ask.origin.rstrip('/')}{path}{quote(self._ask.did, safe=':')}"
+
+    async def _begin_anew(self) -> None:
+        """Blocks are not there: goes on from a newer root, if that is why."""
+        before = self._root
+        await self._begin()
+        if self._root == before:
+            raise Unfit("missing", host=True)
+        self._restarts += 1
+        if self._restarts > self._settings.sparse_restarts:
+            raise Unfit("moving")
+
+    async def _round(self, wanted: Sequence[Cid]) -> bool:
+        """Asks for blocks, in portions and for several at once; whether all of them came."""
+        size, hosts = self._settings.sparse_blocks, self._tools.hosts
+        portions = deque(wanted[at : at + size] for at in range(0, len(wanted), size))
+        more = 0
+        while more < len(portions) - 1 and hosts.join(self._host):
+            more += 1
+        workers = [asyncio.create_task(self._ask_for(portions)) for _ in range(1 + more)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            for _ in range(more):
+                hosts.release(self._host)
+        self._plan.advance(wanted)
+        return all(cid in self._blocks for cid in wanted)
+
+    async def _ask_for(self, portions: deque[Sequence[Cid]]) -> None:
+        while portions:
+            portion = portions.popleft()
+            await self._turn()
+            url = self._base(GET_BLOCKS) + "".join(f"&cids={format_cid(cid)}" for cid in portion)
+            try:
+                await self._answer(url, set(portion))
+            except FetchRefused as error:
+                if error.name in ACCOUNT_ANSWERS:
+                    raise
+                if error.name == "TooLarge":
+                    raise Unfit("bytes") from error
+                if error.status != _NOT_THERE:
+                    raise Unfit("no_blocks", host=True) from error
+
+    async def _turn(self) -> None:
+        """Waits until the host's rate allows one more request. A host that is to rest is left alone."""
+        hosts, host = self._tools.hosts, self._host
+        while True:
+            if hosts.penalty_s(host):
+                raise FetchTransient(f"{host} is to be left alone", reason=HOST_BUSY)
+            wait = hosts.wait_s(host)
+            if not wait:
+                return hosts.pay(host)
+            await asyncio.sleep(wait)
+
+    async def _answer(self, url: str, asked: set[Cid] | None) -> tuple[Cid, ...]:
+        """The roots of a CAR, whose blocks (those ``asked`` for; None: all) are kept."""
+        settings, share = self._settings, self._ask.share
+        left = (settings.sparse_mib << 20) - self._received
+        if left <= 0:
+            raise Unfit("bytes")
+        request = self._tools.http.stream(url, max_bytes=left, gzip=settings.gzip, proxied=True)
+        share.waits(self._now())
+        splitter = CarSplitter(Limits(max_bytes=left))
+        async with request as response:
+            self._url = response.url
+            if response.status != 200:
+                await refuse(response, self._ask.origin)
+            async for chunk in response.chunks:
+                for cid, block in splitter.feed(chunk):
+                    if asked is None or cid in asked:
+                        self._blocks.add(cid, block)
+                await self._received_more(len(chunk))
+            allowance = allowance_of(response.headers, time.time())
+        self._tools.hosts.success(self._host, allowance=allowance)
+        try:
+            splitter.close()
+        except CarError as error:
+            raise Unfit("cut", host=True) from error
+        return splitter.roots or ()
+
+    async def _received_more(self, size: int) -> None:
+        """Counts bytes, waits for room in the budget, and reads no faster than is set."""
+        share = self._ask.share
+        self._received += size
+        grows = share.add(size)
+        early = self._received / (self._settings.max_mib_per_s * (1 << 20)) - (self._now() - self._begun)
+        if not grows or early > _LEAST_PAUSE_S:
+            share.waits(None)
+            await share.room()
+            await asyncio.sleep(max(0.0, early))
+        share.waits(self._now())
