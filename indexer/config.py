@@ -3,7 +3,8 @@
 Owns the top level and the reading: the TOML file and then the environment
 (``INDEXER_`` + name in capitals, ``__`` for the dot; lists are comma-separated). Whatever is unknown
 or malformed stops the start with a `ConfigError` that names it. No other module reads the environment.
-The tables are `indexer.setting_groups`, the forms of values `indexer.setting_values`.
+The tables are `indexer.setting_groups` and `indexer.setting_servers`, the forms of values
+`indexer.setting_values`.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ from indexer.setting_groups import GcSettings as GcSettings
 from indexer.setting_groups import HostSettings as HostSettings
 from indexer.setting_groups import IdentitySettings as IdentitySettings
 from indexer.setting_groups import IngestSettings as IngestSettings
-from indexer.setting_groups import ListenerSettings as ListenerSettings
 from indexer.setting_groups import LogSettings as LogSettings
-from indexer.setting_groups import ManagementSettings as ManagementSettings
-from indexer.setting_groups import MetricsSettings as MetricsSettings
 from indexer.setting_groups import NetworkSettings as NetworkSettings
 from indexer.setting_groups import PlcSettings as PlcSettings
 from indexer.setting_groups import Section as Section
 from indexer.setting_groups import StoreSettings as StoreSettings
-from indexer.setting_groups import StreamSettings as StreamSettings
 from indexer.setting_groups import WriterSettings as WriterSettings
-from indexer.setting_groups import XrpcSettings as XrpcSettings
+from indexer.setting_servers import ListenerSettings as ListenerSettings
+from indexer.setting_servers import ManagementSettings as ManagementSettings
+from indexer.setting_servers import MetricsSettings as MetricsSettings
+from indexer.setting_servers import StreamSettings as StreamSettings
+from indexer.setting_servers import XrpcSettings as XrpcSettings
 from indexer.setting_values import CRAWLER_MODES as CRAWLER_MODES
 from indexer.setting_values import SUBSCRIBE as SUBSCRIBE
 from indexer.setting_values import (

@@ -22,7 +22,7 @@ from indexer.backfill import Backfill
 from indexer.cas import FsBlobStore
 from indexer.config import Settings
 from indexer.crawl.service import Crawler
-from indexer.errors import IndexerError
+from indexer.errors import IndexerError, WriterPoisoned
 from indexer.identity.http import HttpClient
 from indexer.identity.proxies import Proxies
 from indexer.identity.resolver import Resolver
@@ -210,7 +210,7 @@ class Daemon:
                     "part_failed", part=name, error=str(error), exc_info=not isinstance(error, IndexerError)
                 )
                 if not self._failed.done():
-                    self._failed.set_exception(error)
+                    self._failed.set_exception(_cause_of(error))
 
         task = asyncio.create_task(watched(), name=name)
 
@@ -251,6 +251,12 @@ class Daemon:
         await asyncio.wait([self._failed], timeout=timeout)
         if self._failed.done():
             await self._failed
+
+
+def _cause_of(error: Exception) -> Exception:
+    """What went wrong: a part that meets a closed writer may be quicker than the writer's own."""
+    cause = error.__cause__
+    return cause if isinstance(error, WriterPoisoned) and isinstance(cause, Exception) else error
 
 
 async def _cancelled(*tasks: asyncio.Task[None]) -> None:

@@ -1,7 +1,7 @@
 """The tables of the settings: each option's name, type, default, unit and help text, declared once.
 
 `indexer.config` joins them into `Settings` and reads them; the forms of values are `indexer.setting_values`.
-Values only.
+Those of the servers are `indexer.setting_servers`. Values only.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from indexer.setting_values import (
     Duration,
     HostRules,
     Items,
-    Networks,
     NsidPatterns,
     Overrides,
     Proxies,
     Retention,
     Tiers,
-    is_loopback,
     parse_host_rule,
     parse_tier,
 )
@@ -47,46 +45,6 @@ class FilterSettings(Section):
     answer_wait: Duration = Field(
         2.0, ge=0, description="how long a changed filter's answer waits for the repositories that it affects"
     )
-
-
-class ListenerSettings(Section):
-    bind: Bind = Field("127.0.0.1:3000", description="address:port; port 0 picks a free one")
-    trusted_proxies: Networks = Field(
-        [], description="addresses or networks whose X-Forwarded-For is believed"
-    )
-    max_connections: int = Field(4000, ge=1, description="open connections in total")
-    max_connections_per_address: int = Field(
-        256, ge=1, description="open connections of one address; trusted proxies may have all"
-    )
-    header_timeout: Duration = Field(
-        10.0, gt=0, description="time for a new connection to send its first request's headers"
-    )
-    idle_timeout: Duration = Field(75.0, gt=0, description="how long a connection waits for its next request")
-    max_sockets: int = Field(2000, ge=1, description="WebSocket readers in total")
-    max_sockets_per_address: int = Field(100, ge=1, description="WebSocket readers of one address")
-    request_timeout: Duration = Field(30.0, gt=0, description="longest time a query may take")
-    answer_timeout: Duration = Field(3600.0, gt=0, description="longest time to read one streamed answer")
-    min_kib_per_s: float = Field(
-        64.0, ge=0, description="slowest mean rate at which a streamed answer may be read"
-    )
-
-
-class ManagementSettings(Section):
-    bind: Bind = Field("127.0.0.1:3001", description="address:port; other than loopback needs a token")
-    token: str = Field("", description="secret for `Authorization: Bearer` or Basic `admin:<token>`")
-
-    @model_validator(mode="after")
-    def _closed_or_secret(self) -> Self:
-        if not self.token and not is_loopback(self.bind):
-            raise ValueError(
-                f"management.bind is {self.bind}, which others can reach: "
-                "set management.token, or bind to 127.0.0.1"
-            )
-        return self
-
-
-class MetricsSettings(Section):
-    bind: Bind = Field("", description="an address:port of its own for /metrics; empty: only on management")
 
 
 class NetworkSettings(Section):
@@ -205,6 +163,20 @@ class IngestSettings(Section):
     )
     unproven_mib: int = Field(
         128, ge=1, description="MiB of such frames in total; at the limit who has most of them loses them"
+    )
+    unproven_age: Duration = Field(
+        86400.0, gt=0, description="how long such a frame waits for an identity that cannot be had"
+    )
+    max_unresolved: int = Field(
+        1_000_000, ge=1, description="accounts followed that were only heard of and no directory knows so far"
+    )
+    max_strangers: int = Field(
+        10_000, ge=1, description="accounts that one PDS named and no directory has said to live there so far"
+    )
+    unknown_grace: Duration = Field(
+        600.0,
+        ge=0,
+        description="how long an account is kept that was heard of and that the directory does not know",
     )
     max_future: Duration = Field(300.0, description="how far a rev may lie in the future")
     first_sight_wait: Duration = Field(
@@ -355,32 +327,6 @@ class AuditSettings(Section):
         description="time between a possible loss and the comparison of revs, for what is still on its way",
     )
     rev_max_pages: int = Field(100_000, ge=1, description="listRepos pages after which a comparison gives up")
-
-
-class XrpcSettings(Section):
-    rebuild_max_records: int = Field(
-        2_000_000, ge=1, description="largest repository whose tree is rebuilt for an answer"
-    )
-    tree_cache_mib: int = Field(64, ge=0, description="memory for rebuilt trees")
-    max_concurrent: int = Field(256, ge=1, description="expensive queries at one time")
-    max_concurrent_per_address: int = Field(
-        32, ge=1, description="expensive queries of one address at one time"
-    )
-
-
-class StreamSettings(Section):
-    batch_events: int = Field(256, ge=1, description="events encoded at once and shared by readers")
-    batch_kib: int = Field(512, ge=1, description="KiB of encoded events that end a batch early")
-    cache_mib: int = Field(32, ge=1, description="memory for encoded events")
-    send_buffer_kib: int = Field(1024, ge=64, description="bytes that may wait in one reader's socket")
-    ping_interval: Duration = Field(20.0, gt=0, description="time between pings")
-    slow_window: Duration = Field(60.0, gt=0, description="window in which a reader is judged slow")
-    slow_min_events_per_s: float = Field(10.0, ge=0, description="less than this, while far behind, is slow")
-    slow_lag_events: int = Field(100_000, ge=1, description="how far behind the head counts as far")
-    cursor_notice_interval: Duration = Field(
-        10.0, gt=0, description="time between notices to a filtered reader"
-    )
-    max_options_kib: int = Field(64, ge=1, description="largest message or filter that a reader may send")
 
 
 class LogSettings(Section):

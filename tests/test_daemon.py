@@ -127,10 +127,23 @@ async def test_a_failed_commit_takes_the_daemon_down(tmp_path: Path, monkeypatch
     def broken(*_: object) -> None:
         raise StoreCorrupt("a block of table 000012.sst does not match its checksum")
 
+    async def another() -> None:
+        await poisoned.wait()
+        await daemon.writer.run("test", lambda tx: tx.set_cursor("test", 2))
+
+    poisoned, until = asyncio.Event(), Daemon._until_writer_closes
+
+    async def later(closed: Daemon) -> None:  # the writer's own part comes last
+        await until(closed)
+        await closed._failed
+
+    monkeypatch.setattr(Daemon, "_until_writer_closes", later)
     async with Daemon(_settings(tmp_path)) as daemon:
+        daemon._spawn("another", another)
         monkeypatch.setattr(Database, "write", broken)
         with pytest.raises(WriterPoisoned):
             await daemon.writer.run("test", lambda tx: tx.set_cursor("test", 1))
+        poisoned.set()
         with pytest.raises(StoreCorrupt, match="000012.sst"):
             await daemon.wait_failed(20)
         async with aiohttp.ClientSession() as http, http.get(f"{daemon.management_url}/readyz") as answer:

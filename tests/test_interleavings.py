@@ -24,7 +24,7 @@ from indexer.store.database import Database
 from indexer.store.transaction import Transaction
 from indexer.store.writer import Writer
 from tests.ingest.node import Node
-from tests.test_session_replay import SESSION, check_account, check_log, handles, truth
+from tests.test_session_replay import SESSION, check_account, check_log, handles, known
 
 #: Frames that an upstream may repeat under a new number. A host's repeated word on an account is a new word.
 REPEATED = ("#commit", "#sync", "#identity")
@@ -98,7 +98,11 @@ async def play(folder: Path, seed: int, kinds: str) -> None:
             "verifiers": 0,
             "filter": {"mode": "full"},
             "network": {"connect_to": [*net.network.connect_to, *handles(net.network)]},
-            "ingest": {"refresh_interval": 0.05, "first_sight_wait": chance.choice((0.0, 0.2))},
+            "ingest": {
+                "refresh_interval": 0.05,
+                "first_sight_wait": chance.choice((0.0, 0.2)),
+                "unknown_grace": 0.2,
+            },
             "backfill": {"retry_min": 0.05, "retry_max": 0.5, "processes": 0},
         }
         plan = list(chunks(chance, net.streams))
@@ -127,7 +131,8 @@ def settled(node: Node) -> bool:
 def check(node: Node) -> None:
     """The index is the truth. The hosts answer as at the session's end: who is hidden then may have been
     found so before all of the frames came, and is hidden all the same, and known to lack something."""
-    accounts, rows = truth(), dict(node.db.repos())
+    rows = dict(node.db.repos())
+    accounts = known(rows)
     assert rows.keys() == accounts.keys()
     for did, account in accounts.items():
         row = rows[did]

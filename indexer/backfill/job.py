@@ -349,5 +349,6 @@ class Job:
         failure = judge(error)
         tools.stats.failed[f"{failure.outcome}/{failure.reason}"] += 1
         log.info("backfill_failed", did=self._did, reason=failure.reason, message=failure.message)
-        unit = FailUnit(self._did, self._epoch, failure, tools.settings.backfill, tools.jitter())
+        grace_s = tools.settings.ingest.unknown_grace
+        unit = FailUnit(self._did, self._epoch, failure, tools.settings.backfill, tools.jitter(), grace_s)
         await tools.writer.run("backfill_fail", unit)

@@ -15,8 +15,8 @@ from indexer.backfill.outcome import Failure, failed
 from indexer.backfill.queue import CLAIMED_DUE, explicit_due
 from indexer.config import BackfillSettings
 from indexer.identity.resolver import Identity
-from indexer.ingest.apply import with_identity
-from indexer.ingest.words import bury, with_check
+from indexer.ingest.hearsay import FORGOTTEN, GONE, grace_left, unheard_of
+from indexer.ingest.words import bury, with_check, with_identity
 from indexer.store.codecs import NEW_REPO, AccountStatus, AccountWord, RepoRow, SyncState, Work
 from indexer.store.database import Database
 from indexer.store.transaction import Transaction
@@ -57,7 +57,8 @@ class RequestUnit:
         due = explicit_due(tx.now_us) if self.explicit else tx.now_us
         for did in dict.fromkeys(self.dids):
             row = tx.repo(did)
-            asked = self._asked(row or NEW_REPO, did, due)
+            known = row or NEW_REPO._replace(hearsay=True)
+            asked = self._asked(known._replace(hearsay=known.hearsay and not self.explicit), did, due)
             if asked != row:
                 tx.set_repo(did, asked)
                 acted.append(did)
@@ -120,13 +121,19 @@ class FailUnit:
     failure: Failure
     settings: BackfillSettings
     jitter: float
+    grace_s: float  # of an account that was only heard of and that the directory does not know
 
     def __call__(self, tx: Transaction) -> None:
         row = tx.repo(self.did)
         if row is None or not is_waiting(row) or self.epoch not in (None, row.epoch):
             return
         tx.add_count(f"backfill/{self.failure.outcome}/{self.failure.reason}", 1)
-        if self.failure.tombstone:
+        if row.hearsay and self.failure.reason == GONE:
+            row = unheard_of(row, self.failure.message, tx.now_us)
+            if not grace_left(row, tx.now_us, self.grace_s) and tx.forget_repo(self.did):
+                tx.add_count(FORGOTTEN, 1)
+                return
+        elif self.failure.tombstone:
             bury(tx, self.did)
             return
         if self.failure.status is not None:

@@ -24,7 +24,7 @@ from indexer.ingest.account import status_of
 from indexer.ingest.apply import Applier
 from indexer.ingest.filters import Filters
 from indexer.ingest.revs import is_behind
-from indexer.store.codecs import NEW_REPO, RepoRow, Work
+from indexer.store.codecs import RepoRow, Work
 from indexer.store.transaction import Transaction
 
 _LAST_CLOCK = 1023
@@ -127,6 +127,9 @@ class FoundUnit:
 
     def _queue(self, tx: Transaction) -> int:
         dids = [did for did in self.finding.queue if tx.repo(did) is None]
+        room = self.applier.room(tx)
+        tally(tx, "unresolved_full", len(dids) - len(dids[:room]))
+        dids = dids[:room]
         queued = len(RequestUnit(dids, frozenset(), self.ephemeral, again=False, explicit=False)(tx))
         tally(tx, "found", queued)
         return queued
@@ -162,7 +165,7 @@ class FoundUnit:
             frame = AccountFrame(0, did, time, listed.active, listed.status)
             self.applier.account(tx, source, frame)
         elif row is None:  # once its identity is known it is fetched, which tells its status
-            self.applier.store(tx, did, None, NEW_REPO._replace(tracked=True, work=int(Work.RESOLVE)))
+            self.applier.first_row(tx, did, None)
         else:
             self.applier.store(tx, did, row, row._replace(work=row.work | Work.CHECK_STATUS))
 

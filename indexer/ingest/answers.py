@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 from indexer.atproto.frames import CommitFrame, SyncFrame, decode_frame
 from indexer.atproto.syntax import tid_micros
-from indexer.atproto.types import Did, Handle, Rev, Seq
+from indexer.atproto.types import Did, Handle, Micros, Rev, Seq
 from indexer.errors import FrameError, IdentityGone
 from indexer.identity.resolver import Identity
 from indexer.ingest.account import CHECKED, PDS_PREFIX, has_authority
-from indexer.ingest.apply import Applier, tell_identity, with_identity
+from indexer.ingest.apply import Applier
+from indexer.ingest.hearsay import FORGOTTEN, GONE, grace_left, unheard_of
 from indexer.ingest.machine import Situation, desynchronized, drained
 from indexer.ingest.tools import IngestTools
-from indexer.ingest.words import bury, with_check, with_words
+from indexer.ingest.words import bury, tell_identity, with_check, with_identity, with_words
 from indexer.store.codecs import AccountStatus, AccountWord, RepoRow, SyncState, Work
 from indexer.store.transaction import Transaction
 
@@ -45,11 +46,38 @@ class Answers:
                 new = self.at_rest(tx, did, new, resolved=True)
         self._applier.store(tx, did, row, new)
 
-    def gone(self, tx: Transaction, did: Did, error: IdentityGone) -> None:
-        """An authoritative no: what waits is refused; a deleted identity takes its repository along."""
+    def gone(self, tx: Transaction, did: Did, error: IdentityGone) -> float | None:
+        """An authoritative no: what waits is refused; a deleted identity takes its repository along, and a
+        row of which nothing was but hearsay goes. Seconds until the directory is to be asked once more."""
         row = tx.repo(did)
         if row is None:
-            return
+            return None
+        refused = self.refuse_waiting(tx, did, error)
+        self._tools.routes.forget(did)
+        if row.hearsay:
+            return self._unheard_of(tx, did, row, error)
+        if error.tombstone:
+            self.purge(tx, did)
+            return None
+        work = row.work & ~(Work.RESOLVE | Work.CHECK_STATUS | Work.COMPARE_REV)
+        new = row._replace(signing_key="", pds="", work=work, error=f"{GONE}: {error}"[:500])
+        if refused:
+            new = self._perhaps_behind(tx, new)
+        self._applier.store(tx, did, row, new)
+        return None
+
+    def _unheard_of(self, tx: Transaction, did: Did, row: RepoRow, error: IdentityGone) -> float | None:
+        """Nobody but strangers knows the account: after a while, in which it may turn up, its row goes."""
+        new = unheard_of(row, str(error), tx.now_us)
+        wait = grace_left(new, tx.now_us, self._tools.settings.ingest.unknown_grace)
+        if not wait and tx.forget_repo(did):
+            tx.add_count(FORGOTTEN, 1)
+            return None
+        self._applier.store(tx, did, row, new)
+        return max(wait, self._tools.settings.ingest.refresh_interval)
+
+    def refuse_waiting(self, tx: Transaction, did: Did, error: IdentityGone) -> bool:
+        """What waits for the identity is refused; whether anything was."""
         refused: set[str] = set()
         for waiting in tx.buffered(did):
             tx.add_count(f"ingest/{waiting.source}/reject/identity", 1)
@@ -58,15 +86,18 @@ class Answers:
                 seq = seq_of(waiting.data)
                 tx.quarantine(waiting.source, seq, did, "identity", str(error), waiting.data)
         tx.drop_buffered(did)
-        self._tools.routes.forget(did)
-        if error.tombstone:
-            self.purge(tx, did)
-            return
-        work = row.work & ~(Work.RESOLVE | Work.CHECK_STATUS | Work.COMPARE_REV)
-        new = row._replace(signing_key="", pds="", work=work, error=f"identity_gone: {error}"[:500])
-        if refused:
-            new = self._perhaps_behind(tx, new)
-        self._applier.store(tx, did, row, new)
+        return bool(refused)
+
+    def expired(self, tx: Transaction, did: Did, before: Micros) -> None:
+        """Frames from before then, which waited in vain for an identity that proves them, go. Once it is
+        known the account's host is asked what was missed."""
+        old = [frame for frame in tx.buffered(did) if not frame.vouched and frame.arrived < before]
+        for frame in old:
+            tx.add_count(f"ingest/{frame.source}/drop/unproven_old", 1)
+            tx.drop_buffered_frame(did, frame)
+        row = tx.repo(did)
+        if row is not None and old:
+            self._applier.store(tx, did, row, row._replace(work=row.work | Work.RESOLVE | Work.COMPARE_REV))
 
     def _perhaps_behind(self, tx: Transaction, row: RepoRow) -> RepoRow:
         """A repository that we hold, some frames of which were refused unseen: directories have been wrong.
@@ -159,7 +190,7 @@ class Answers:
             new = with_words(tx, did, new, present, ephemeral=self._applier.ephemeral)
             if present != words or (new.status is not row.status and not new.status.active):
                 new = new._replace(work=new.work | Work.CHECK_STATUS)
-        if new.error.startswith("identity_gone"):
+        if new.error.startswith(GONE):
             new = new._replace(error="", due=min(new.due, tx.now_us))
         return new
 
@@ -176,11 +207,17 @@ def _told_by_its_pds(words: list[AccountWord], pds: str) -> bool:
 
 def seq_of(data: bytes) -> Seq:
     """The number under which a waiting frame came; 0 where its bytes do not say."""
+    frame = read_waiting(data)
+    return 0 if frame is None else frame.seq
+
+
+def read_waiting(data: bytes) -> CommitFrame | SyncFrame | None:
+    """A frame that waited; None where its bytes are none."""
     try:
         frame = decode_frame(data)
     except FrameError:
-        return 0
-    return frame.seq if isinstance(frame, (CommitFrame, SyncFrame)) else 0
+        return None
+    return frame if isinstance(frame, (CommitFrame, SyncFrame)) else None
 
 
 class Latest(NamedTuple):

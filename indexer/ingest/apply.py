@@ -7,16 +7,17 @@ network becomes a `Work` flag in the row and a wake-up for `identities`.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from indexer.atproto.frames import AccountFrame, CommitFrame, IdentityFrame, SyncFrame
 from indexer.atproto.types import Did, DidKey, Seq
-from indexer.identity.resolver import INVALID_HANDLE, Identity
+from indexer.identity.resolver import Identity
 from indexer.ingest.account import has_authority, is_doubtful, is_stale, micros_of, status_of
 from indexer.ingest.bans import BANNED
 from indexer.ingest.filters import Filters
 from indexer.ingest.holders import Holders, Weight
 from indexer.ingest.machine import LABELS, Act, Decision, Situation, decide, desynchronized
+from indexer.ingest.newcomers import Newcomers, Result, Wake
 from indexer.ingest.tools import IngestTools
 from indexer.ingest.verify import COMMIT, SYNC, Verdict
 from indexer.ingest.words import with_words
@@ -49,32 +50,15 @@ class Arrival(NamedTuple):
         return COMMIT if isinstance(self.frame, CommitFrame) else SYNC
 
 
-class Result(NamedTuple):
-    """What became of a message, for the counters."""
-
-    act: Act
-    reason: str
-
-
-class Wake(Protocol):
-    """``fresh`` are the flags of ``work`` that were not in the row before."""
-
-    def __call__(self, did: Did, work: int, fresh: int) -> None: ...
-
-
-_UNWANTED = Result(Act.DROP, "unwanted")
 #: The lexicon's bound for `blocks` of a `#sync`; relays enforce the one of commits, so more is only counted.
 SYNC_BLOCKS_BYTES: Final = 10_000
 
 
-class Applier:
-    """The steps, with what they share. ``wake`` is told of DIDs whose row has due work, and which."""
+class Applier(Newcomers):
+    """The steps, with what they share."""
 
     def __init__(self, filters: Filters, tools: IngestTools, wake: Wake, *, ephemeral: bool) -> None:
-        self.filters = filters
-        self.ephemeral = ephemeral
-        self._tools = tools
-        self.wake = wake
+        super().__init__(filters, tools, wake, ephemeral=ephemeral)
         self._holders = Holders(tools.db)
 
     # ---- #commit and #sync
@@ -82,10 +66,10 @@ class Applier:
     def frame(self, tx: Transaction, arrival: Arrival, verdict: Verdict | None) -> Result:
         """One frame from an upstream; ``verdict`` is None where no key was known."""
         did = arrival.did
-        row = self._followed(tx, did, arrival)
-        if row is None:
+        row = self.followed(tx, did, arrival.source, arrival.frame, arrival.identity)
+        if not isinstance(row, RepoRow):
             self._tools.routes.forget(did)
-            return _UNWANTED
+            return self._strange(tx, arrival, verdict) if row is None else row
         if self._tools.bans.covers(row.pds, arrival.source):
             return self._banned(tx, arrival, row, verdict)
         if verdict is None or arrival.key != row.signing_key or (arrival.whole and row.sparse):
@@ -103,6 +87,24 @@ class Applier:
             # It needs no fetch any more, which would have been followed by a replay of what waits.
             decision = decision._replace(row=decision.row._replace(work=decision.row.work | Work.DRAIN))
         return self._carry_out(tx, arrival, row, verdict, decision)
+
+    def _strange(self, tx: Transaction, arrival: Arrival, verdict: Verdict | None) -> Result:
+        """A frame of an account that does not live at its source, as far as is known."""
+        if self._tools.bans.covers("", arrival.source):
+            return Result(Act.DROP, BANNED)
+        if verdict is not None:
+            decision = decide(NEW_REPO, verdict, Situation(tx.now_us, self.ephemeral, authority=False))
+            if decision.act is Act.REJECT:
+                return self.refuse(tx, arrival, decision.reason, verdict.message)
+        if not self.note_stranger(tx, arrival.did, arrival.source):
+            return Result(Act.DROP, "strangers_full")
+        self._buffer(tx, arrival, NEW_REPO, vouched=False)
+        return Result(Act.BUFFER, "identity")
+
+    def refuse(self, tx: Transaction, arrival: Arrival, reason: str, why: str) -> Result:
+        """Sets a frame aside."""
+        tx.quarantine(arrival.source, arrival.seq, arrival.did, reason, why, arrival.data)
+        return Result(Act.REJECT, reason)
 
     def _banned(self, tx: Transaction, arrival: Arrival, row: RepoRow, verdict: Verdict | None) -> Result:
         """Nothing is taken. What a signature shows to be missed is fetched once the host is let go."""
@@ -140,7 +142,7 @@ class Applier:
             why = verdict.message
             if decision.reason != verdict.reason:
                 why = f"{row.pds or 'another host'} is the account's PDS"
-            tx.quarantine(arrival.source, arrival.seq, arrival.did, decision.reason, why, arrival.data)
+            self.refuse(tx, arrival, decision.reason, why)
         self.store(tx, arrival.did, row, new)
         if decision.since_mismatch:
             tx.add_count(f"ingest/{arrival.source}/note/since_mismatch", 1)
@@ -177,6 +179,8 @@ class Applier:
         work = row.work
         if not row.signing_key:
             work |= Work.RESOLVE
+            if row.hearsay and row.error:  # the directory did not know it: it may by now
+                self.wake(arrival.did, Work.RESOLVE, Work.RESOLVE)
         elif row.state is not SyncState.BACKFILLING:
             work |= Work.DRAIN  # else it is replayed once the fetched repository is applied
         new = self._buffer(tx, arrival, row._replace(work=work), vouched=False)
@@ -248,9 +252,12 @@ class Applier:
         """A hint only: the row is marked, the directory is asked outside."""
         if self._tools.bans.covers("", source):
             return Result(Act.DROP, BANNED)
-        row = self._followed(tx, frame.did)
+        row = self.followed(tx, frame.did, source)
         if row is None:
-            return _UNWANTED
+            known = self.note_stranger(tx, frame.did, source)
+            return Result(Act.APPLY, "identity") if known else Result(Act.DROP, "strangers_full")
+        if isinstance(row, Result):
+            return row
         trusted = has_authority(source, row.pds)
         if trusted:
             self._tools.resolver.purge(frame.did)
@@ -265,13 +272,16 @@ class Applier:
         did = frame.did
         if self._tools.bans.covers("", source):
             return Result(Act.DROP, BANNED)
-        row = self._followed(tx, did)
-        if row is None:
-            return _UNWANTED
+        row = self.followed(tx, did, source)
+        if isinstance(row, Result):
+            return row
         status = status_of(frame.active, frame.status)
         # A host's clock that is ahead must not outweigh what is learned until then.
         time_us = min(micros_of(frame.time), tx.now_us)
         word = AccountWord(source, status, frame.active, frame.seq, time_us)
+        if row is None:
+            known = self.note_stranger(tx, did, source, word)
+            return Result(Act.REJECT, "authority") if known else Result(Act.DROP, "strangers_full")
         words = {word.source: word for word in tx.account_words(did)}
         said = words.get(source)
         if is_stale(word, said):
@@ -288,77 +298,9 @@ class Applier:
         self.store(tx, did, row, new)
         return Result(Act.APPLY, "account") if trusted else Result(Act.REJECT, "authority")
 
-    # ---- rows
-
-    def _followed(self, tx: Transaction, did: Did, arrival: Arrival | None = None) -> RepoRow | None:
-        """The repository's row if it is followed; one seen for the first time gets its row here."""
-        row = tx.repo(did)
-        if row is not None:
-            return row if row.tracked and not self.filters.is_excluded(did) else None
-        frame = arrival.frame if arrival is not None else None
-        if not self.wants_unknown(did, frame):
-            return None
-        return self._first_row(tx, did, arrival.identity if arrival is not None else None)
-
-    def wants_unknown(self, did: Did, frame: CommitFrame | SyncFrame | None) -> bool:
-        """Whether an account without a row is to be followed because of this frame."""
-        filters = self.filters
-        if filters.is_excluded(did):
-            return False
-        if filters.mode == "full":
-            return True
-        if not filters.signals or not isinstance(frame, CommitFrame):
-            return False
-        return any(filters.signals_match(op.path.partition("/")[0]) for op in frame.ops)
-
-    def _first_row(self, tx: Transaction, did: Did, identity: Identity | None) -> RepoRow:
-        row = NEW_REPO._replace(tracked=True, work=Work.RESOLVE)
-        if identity is not None:
-            row = with_identity(tx, did, row, identity)
-        row = with_words(tx, did, row, tx.account_words(did), ephemeral=self.ephemeral)
-        self.store(tx, did, None, row)
-        return row
-
-    def store(self, tx: Transaction, did: Did, old: RepoRow | None, new: RepoRow) -> None:
-        """The row, where it changed; whoever does the work that it has is told."""
-        if new != old:
-            tx.set_repo(did, new)
-        if new.work:  # told each time, so that no failure elsewhere leaves it forgotten in the row
-            self.wake(did, new.work, new.work & ~(0 if old is None else old.work))
-
 
 def _weight(tx: Transaction, did: Did, row: RepoRow | None) -> Weight:
     return Weight(row is None or not row.signing_key, tx.unproven_size(did)[1])
-
-
-def with_identity(tx: Transaction, did: Did, row: RepoRow, identity: Identity) -> RepoRow:
-    """The row with a resolved identity; the log hears of another key or PDS at once.
-
-    An answer to an older question than the row's own changes nothing (unless our clock was set back since).
-    A claimed handle is no fact: one that is new leaves the row without a handle until it is verified.
-    """
-    if identity.fetched_at < row.identity_at <= tx.now_us:
-        return row
-    claimed = identity.handle
-    handle, work = row.handle, row.work & ~Work.RESOLVE
-    if not claimed:
-        handle = INVALID_HANDLE
-    elif claimed != handle:
-        handle = handle if handle == INVALID_HANDLE else ""
-        work |= Work.VERIFY_HANDLE
-    new = row._replace(
-        signing_key=identity.signing_key, pds=identity.pds, handle=handle, work=work,
-        identity_at=identity.fetched_at,
-    )  # fmt: skip
-    moved = (row.signing_key, row.pds) != (new.signing_key, new.pds)
-    if moved or (handle == INVALID_HANDLE and row.handle != INVALID_HANDLE):
-        tell_identity(tx, did, new)
-    return new
-
-
-def tell_identity(tx: Transaction, did: Did, row: RepoRow) -> None:
-    """The log's entry of an identity; without a handle while that is being verified."""
-    tx.append_event("identity", did, fields={"handle": row.handle or None, "pds": row.pds})
 
 
 def label(result: Result) -> str:

@@ -14,10 +14,10 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from indexer.atproto.frames import CommitFrame, SyncFrame, decode_frame
+from indexer.atproto.frames import CommitFrame, SyncFrame
 from indexer.atproto.types import Did, DidKey
-from indexer.errors import FrameError, StoreError, WorkerDied
-from indexer.ingest.answers import Answers
+from indexer.errors import StoreError, WorkerDied
+from indexer.ingest.answers import Answers, read_waiting
 from indexer.ingest.apply import Applier, Arrival, label
 from indexer.ingest.machine import Act, Situation, desynchronized
 from indexer.ingest.suspects import WORKER_DIED, verified
@@ -106,7 +106,7 @@ class Drainer:
             return Portion(row.signing_key, (), (), ())
         whole = not row.sparse
         verdicts = await verified(tools, [(frame.data, row.signing_key, whole) for frame in frames])
-        decoded = [_decoded(frame.data) for frame in frames]
+        decoded = [read_waiting(frame.data) for frame in frames]
         return Portion(row.signing_key, frames, decoded, verdicts, len(frames) < limit, whole)
 
     async def _replay(self, did: Did, portion: Portion, now: Round) -> Progress:
@@ -198,14 +198,6 @@ class Drainer:
         if row is not None:
             broken = desynchronized(row, message[:500], Situation(tx.now_us, self._applier.ephemeral))
             tx.set_repo(did, broken._replace(work=row.work & ~(Work.DRAIN | Work.RESOLVE)))
-
-
-def _decoded(data: bytes) -> CommitFrame | SyncFrame | None:
-    try:
-        frame = decode_frame(data)
-    except FrameError:
-        return None
-    return frame if isinstance(frame, (CommitFrame, SyncFrame)) else None
 
 
 def is_ready(row: RepoRow) -> bool:

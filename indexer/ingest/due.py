@@ -61,7 +61,8 @@ class DueQueue:
     """Calls ``work_off`` for repositories whose row has one of ``flags``, ``concurrency`` at a time.
 
     ``work_off`` gives the seconds until it can go on, None when it is done; what it raises has it called
-    again, after ever longer waits.
+    again, after ever longer waits. ``without_row`` gives up to so many DIDs behind one that have work though
+    they have no row.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class DueQueue:
         limit: int,
         concurrency: int,
         waits: Waits,
+        without_row: Callable[[Did, int], list[Did]] = lambda _after, _limit: [],
     ) -> None:
         self._waits = waits
+        self._without_row = without_row
         self._db = db
         self._flags = flags
         self._work_off = work_off
@@ -91,6 +94,7 @@ class DueQueue:
         # Rounds through the rows: whether one is due, how far it is, whether work was left out meanwhile.
         self._unread = True
         self._after: Did = ""
+        self._rows_done = False  # of the round: what has no row comes last
         self._left_out = False
         self._next_pass = 0.0
 
@@ -156,18 +160,27 @@ class DueQueue:
         """Goes on with the round through the rows, until the queue takes no more."""
         seen = 0
         while seen < _PASS_ROWS:
-            rows = self._db.repos(after=self._after, limit=_SCAN_ROWS)
-            for did, row in rows:
-                if row.work & self._flags and row.tracked and not self.add(did, fresh=False):
+            page = self._page()
+            for did, has_work in page:
+                if has_work and not self.add(did, fresh=False):
                     self._next_pass = asyncio.get_running_loop().time() + _PASS_S
                     return
                 self._after = did
-            if len(rows) < _SCAN_ROWS:
-                self._after, self._unread, self._left_out = "", self._left_out, False
-                break
-            seen += len(rows)
+            if not page:
+                self._after, self._rows_done = "", not self._rows_done
+                if not self._rows_done:
+                    self._unread, self._left_out = self._left_out, False
+                    break
+            seen += len(page)
             await asyncio.sleep(0)
         self._next_pass = asyncio.get_running_loop().time() + _PASS_S
+
+    def _page(self) -> list[tuple[Did, bool]]:
+        """The next of the round, and whether they have work."""
+        if self._rows_done:
+            return [(did, True) for did in self._without_row(self._after, _SCAN_ROWS)]
+        rows = self._db.repos(after=self._after, limit=_SCAN_ROWS)
+        return [(did, bool(row.work & self._flags) and row.tracked) for did, row in rows]
 
     async def _dispatch(self) -> None:
         """Starts what is due; waits until something becomes due or is added."""

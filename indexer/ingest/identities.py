@@ -22,10 +22,14 @@ from indexer.ingest.account import status_of
 from indexer.ingest.answers import Answers, Latest
 from indexer.ingest.drain import Drainer, is_ready
 from indexer.ingest.due import DueQueue, Pace, Waits
+from indexer.ingest.hearsay import GONE, grace_left
+from indexer.ingest.strangers import Strangers
+from indexer.ingest.suspects import verified
 from indexer.ingest.tools import IngestTools
 from indexer.ingest.turns import HostTurns, Place, Postponed, host_place
-from indexer.store.codecs import AccountStatus, RepoRow, Work
+from indexer.store.codecs import NEW_REPO, AccountStatus, RepoRow, Work, did_range
 from indexer.store.host_rows import host_of
+from indexer.store.keyspaces import RESYNC_BUFFER, STRANGERS
 
 GET_STATUS = "/xrpc/com.atproto.sync.getRepoStatus?did="
 GET_REPO = "/xrpc/com.atproto.sync.getRepo?did="
@@ -39,6 +43,7 @@ _REFUSALS = {
     "RepoNotFound": AccountStatus.DELETED,
 }
 _WEB: Final = "did:web:"
+_ALL_FRAMES: Final = 1 << 20  # of an account; `ingest.unproven_frames_per_repo` bounds them
 #: Kinds of questions. Each has slots of its own: hosts that take their time hold up no key of an account.
 _BY_PLC, _BY_WEB, _OF_HOSTS = _KINDS = ("by plc", "by web", "of hosts")
 #: In the pace's table: the last time that a hint cut a wait short.
@@ -50,10 +55,11 @@ QUESTIONS: Final = Work.RESOLVE | Work.CHECK_STATUS | Work.COMPARE_REV | Work.DR
 class DueWork:
     """What the work is, one repository at a time; `queue` says which."""
 
-    def __init__(self, tools: IngestTools, answers: Answers, drainer: Drainer) -> None:
+    def __init__(self, tools: IngestTools, answers: Answers, drainer: Drainer, strangers: Strangers) -> None:
         self._tools = tools
         self._answers = answers
         self._drainer = drainer
+        self._strangers = strangers
         settings = tools.settings
         self._pace = Pace(settings.ingest.refresh_interval, settings.ingest.work_repos)
         self._concurrency = settings.identity.concurrency
@@ -61,7 +67,7 @@ class DueWork:
         self.queue = DueQueue(
             tools.db, QUESTIONS, self._work_off,
             limit=settings.ingest.work_repos, concurrency=len(_KINDS) * self._concurrency,
-            waits=Waits.of(settings.ingest),
+            waits=Waits.of(settings.ingest), without_row=self._without_row,
         )  # fmt: skip
         waits = settings.ingest.work_retry_min, settings.ingest.work_retry_max
         self.turns = HostTurns(self.queue.add, waits, settings.ingest.work_repos)
@@ -71,7 +77,9 @@ class DueWork:
         tools = self._tools
         # Asked of the writer, because the step that woke us may not be committed yet.
         row = await tools.writer.run("due_work", lambda tx: tx.repo(did))
-        if row is None or not row.work & QUESTIONS or not row.tracked:
+        if row is None:
+            return await self._stranger(did)
+        if not row.work & QUESTIONS or not row.tracked:
             tools.unhint(did)
             return None
         waits: list[float] = []
@@ -83,12 +91,18 @@ class DueWork:
             if not row.work & flag:
                 continue
             places = self._places(did, flag, self._presumed(did, row))
-            if wait := self._too_soon(did, flag) or self.turns.wait_s(did, places):
+            wait = self._too_soon(did, flag) or (flag is Work.RESOLVE and self._grace(did, row))
+            if wait := wait or self.turns.wait_s(did, places):
                 waits.append(wait)
+                if flag is Work.RESOLVE:
+                    await self._expire(did)
+                    if not row.pds:  # the host that the others ask, and which may take its time
+                        break
                 continue
             tries = self._asks(did, flag) + 1
             with self.turns.taken(places):
-                await ask(did, row, tries)
+                if later := await ask(did, row, tries):
+                    waits.append(later)
             self._pace.answered(did, flag)
             row = tools.db.repo(did)
             if row is None:
@@ -122,6 +136,75 @@ class DueWork:
             self._pace.ask(did, _CUT)
         return self._pace.ask(did, flag)
 
+    def _grace(self, did: Did, row: RepoRow) -> float:
+        """Seconds until the directory is asked anew about an account that was only heard of and that it does
+        not know; none when more was heard meanwhile."""
+        if not row.hearsay or did in self._tools.hints or self._tools.db.count(f"buffer/{did}/frames"):
+            return 0.0
+        return grace_left(row, self._now_us(), self._tools.settings.ingest.unknown_grace)
+
+    async def _expire(self, did: Did) -> None:
+        """What waited too long for an identity goes."""
+        tools = self._tools
+        before = self._now_us() - int(tools.settings.ingest.unproven_age * 1_000_000)
+        marks = tools.db.scan(STRANGERS, *did_range(did))
+        frames = tools.db.scan(RESYNC_BUFFER, *did_range(did))
+        waits = tools.db.count(f"buffer/{did}/unproven_frames")
+        old = any(row.time_us < before for _, row in marks)
+        if old or (waits and any(not row.vouched and row.arrived < before for _, row in frames)):
+            await tools.writer.run("unproven_old", lambda tx: self._strangers.expired(tx, did, before))
+
+    def _now_us(self) -> int:
+        return int(self._tools.clock() * 1_000_000)
+
+    # ---- accounts without a row
+
+    def _without_row(self, after: Did, limit: int) -> list[Did]:
+        """Strangers' DIDs behind ``after``."""
+        start = did_range(after)[1] if after else None
+        keys = self._tools.db.scan(STRANGERS, start, limit=limit)
+        return list(dict.fromkeys(did for (did, _), _ in keys))
+
+    async def _stranger(self, did: Did) -> float | None:
+        """Asks where an account lives that only a PDS has named so far, as long as it stands noted."""
+        self._tools.unhint(did)
+        if next(self._tools.db.scan(STRANGERS, *did_range(did), limit=1), None) is None:
+            return None
+        places = self._places(did, Work.RESOLVE, "")
+        wait = self._too_soon(did, Work.RESOLVE) or self.turns.wait_s(did, places)
+        if not wait:
+            tries = self._asks(did, Work.RESOLVE) + 1
+            with self.turns.taken(places):
+                wait = await self._ask_of_stranger(did, tries)
+            self._pace.answered(did, Work.RESOLVE)
+        else:
+            await self._expire(did)
+        return wait or None
+
+    async def _ask_of_stranger(self, did: Did, tries: int) -> float:
+        tools, known = self._tools, self._tools.resolver.cached(did)
+        try:
+            identity = await self._identity(did, NEW_REPO, tries, refresh=known is not None)
+        except IdentityGone as error:
+            gone = error
+            return await tools.writer.run("stranger", lambda tx: self._strangers.gone(tx, did, gone)) or 0.0
+        if await tools.writer.run("stranger", lambda tx: self._strangers.at_home(tx, did, identity)):
+            await self._replay(did)
+            return 0.0
+        frames = tools.db.buffered(did, NEW_REPO.epoch, limit=_ALL_FRAMES)
+        checked = await verified(tools, [(frame.data, identity.signing_key, True) for frame in frames])
+        verdicts = dict(zip(frames, checked, strict=True))
+        done = await tools.writer.run(
+            "stranger", lambda tx: self._strangers.refused(tx, did, identity, verdicts)
+        )
+        return 0.0 if done else tools.settings.ingest.refresh_interval
+
+    async def _replay(self, did: Did) -> None:
+        """What waited for an identity that was asked for just now."""
+        now = self._tools.db.repo(did)
+        if now is not None and now.work & Work.RESOLVE and is_ready(now):
+            await self._drainer.drain(did, fresh=True)
+
     # ---- whose turn
 
     def _presumed(self, did: Did, row: RepoRow) -> str:
@@ -147,21 +230,23 @@ class DueWork:
 
     # ---- the questions
 
-    async def _resolve(self, did: Did, row: RepoRow, tries: int) -> None:
-        """The identity anew, then whatever waited for it."""
+    async def _resolve(self, did: Did, row: RepoRow, tries: int) -> float | None:
+        """The identity anew, then whatever waited for it; seconds until it is to be asked for again."""
         tools = self._tools
-        refresh = bool(row.signing_key) or did in tools.hints
+        said_no = row.hearsay and row.error.startswith(GONE)
+        refresh = bool(row.signing_key) or did in tools.hints or (said_no and not self._grace(did, row))
         tools.unhint(did)
         try:
             identity = await self._identity(did, row, tries, refresh=refresh)
         except IdentityGone as error:
             gone = error
-            await tools.writer.run("identity_gone", lambda tx: self._answers.gone(tx, did, gone))
-            return
+            return await tools.writer.run("identity_gone", lambda tx: self._answers.gone(tx, did, gone))
+        except IdentityUnavailable:
+            await self._expire(did)
+            raise
         await tools.writer.run("identity", lambda tx: self._answers.learned(tx, did, identity))
-        now = tools.db.repo(did)
-        if now is not None and now.work & Work.RESOLVE and is_ready(now):
-            await self._drainer.drain(did, fresh=True)
+        await self._replay(did)
+        return None
 
     async def _identity(self, did: Did, row: RepoRow, tries: int, *, refresh: bool) -> Identity:
         """A did:web that never was seen to exist is not asked for without end."""

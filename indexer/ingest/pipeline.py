@@ -29,8 +29,9 @@ from indexer.atproto.types import Did, DidKey, Seq
 from indexer.errors import FrameError, IndexerError, UpstreamError, WorkerDied
 from indexer.identity.resolver import Identity
 from indexer.ingest.account import micros_of
-from indexer.ingest.apply import Applier, Arrival, Result, label
+from indexer.ingest.apply import Applier, Arrival, label
 from indexer.ingest.machine import Act
+from indexer.ingest.newcomers import Result
 from indexer.ingest.notices import Notices, unplaced
 from indexer.ingest.position import OUTDATED_CURSOR, Position, batch_time
 from indexer.ingest.source import SHOWN, Upstream, lag_s
@@ -313,7 +314,7 @@ class Pipeline:
         items = [message.item for message in batch.messages if message.item is not None]
         if items:
             self._verifying += 1
-            batch.verdicts = asyncio.create_task(self._verified(items))
+            batch.verdicts = asyncio.create_task(verified(self._tools, items))
             batch.verdicts.add_done_callback(self._verified_one)
         self._queue.append(batch)
         self._ready.set()
@@ -321,9 +322,6 @@ class Pipeline:
     def _verified_one(self, _task: asyncio.Task[list[Verdict]]) -> None:
         self._verifying -= 1
         self._flush_if_idle()
-
-    async def _verified(self, items: list[Item]) -> list[Verdict]:
-        return await verified(self._tools, items)
 
     # ---- the writer's side
 

@@ -25,6 +25,7 @@ from indexer.ingest.filters import Filters
 from indexer.ingest.handles import HandleWork
 from indexer.ingest.identities import QUESTIONS, DueWork
 from indexer.ingest.sources import Sources
+from indexer.ingest.strangers import Strangers
 from indexer.ingest.tools import IngestTools, Routes
 from indexer.ingest.turns import HostManners
 from indexer.pool import Pool
@@ -67,7 +68,8 @@ class Ingest:
         answers = Answers(tools, self.applier)
         self._drainer = Drainer(tools, self.applier, answers)
         self._routes = routes
-        self._questions = DueWork(tools, answers, self._drainer)
+        strangers = Strangers(tools, self.applier, answers)
+        self._questions = DueWork(tools, answers, self._drainer, strangers)
         self._due = self._questions.queue
         self._handles = HandleWork(tools, answers).queue
         self._db = db

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from indexer import __version__
 from indexer.ingest import revs
 from indexer.ingest.controls import FIREHOSE, PARTS, paused_parts
+from indexer.ingest.hearsay import FORGOTTEN
 from indexer.store.codecs import AccountStatus, SyncState, after_prefix
-from indexer.store.counts import DELETED
+from indexer.store.counts import DELETED, HEARSAY
 from indexer.store.keyspaces import COUNTS, PENDING, QUARANTINE_NEXT
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def statistics(services: Services, streams: StreamHub | None, xrpc: Xrpc | None)
         },
         "repos": {
             "total": db.count("repos"),
+            "unresolved": db.count(HEARSAY),
+            "forgotten": db.count(FORGOTTEN),
             "by_state": by_state(services),
             "by_status": _labelled(services, "repos/status/", [status.label for status in AccountStatus]),
         },

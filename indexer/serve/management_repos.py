@@ -20,6 +20,7 @@ from indexer.atproto.types import Did
 from indexer.errors import IdentityGone, RequestError, SyntaxInvalid
 from indexer.identity.documents import web_url
 from indexer.serve.http_errors import Terms, json_response, send_pieces
+from indexer.serve.xrpc.access import is_resolved
 from indexer.serve.xrpc.params import Params
 from indexer.serve.xrpc.records import collection_counts
 from indexer.store.codecs import NEW_REPO, AccountStatus, RepoRow, SyncState, Work
@@ -164,7 +165,7 @@ class RepoRoutes:
                     continue
                 if tx.repo(did) != changed:
                     tx.set_repo(did, changed)
-                if purge:
+                if purge and not tx.forget_repo(did):
                     tx.wipe_repo(did, changed.status)
                 acted.append(did)
             return acted
@@ -207,7 +208,8 @@ def describe(did: Did, row: RepoRow) -> dict[str, Any]:
         "tracked": row.tracked,
         "state": row.state.label,
         "status": row.status.label,
-        "active": row.status.active,
+        "active": row.status.active and is_resolved(row),
+        "resolved": is_resolved(row),
         "complete": row.complete,
         "sparse": row.sparse,
         "rev": row.rev or None,
@@ -296,7 +298,9 @@ async def _paced(items: Sequence[T]) -> AsyncIterator[Sequence[T]]:
 
 
 def _followed(row: RepoRow, now_us: int) -> RepoRow | None:
-    return None if row.tracked else row._replace(tracked=True, due=now_us)
+    if row.tracked and not row.hearsay:
+        return None
+    return row._replace(tracked=True, due=row.due or now_us, hearsay=False)
 
 
 def _unfollowed(row: RepoRow, _now_us: int) -> RepoRow:

@@ -1,4 +1,4 @@
-"""Rows of `strangers`: accounts that a PDS named, of which no directory has told so far where they are. Pure."""
+"""Rows of `strangers`: accounts that a PDS named, until a directory tells where they are. Pure."""
 
 from __future__ import annotations
 

@@ -76,6 +76,7 @@ reconnect_max = "300ms"
 retry_after_max = "1s"
 first_sight_wait = "300ms"
 refresh_interval = "100ms"
+unknown_grace = "500ms"
 
 [backfill]
 retry_min = "100ms"

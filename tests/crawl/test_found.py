@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,7 +81,9 @@ async def test_a_page_of_a_sweep_that_is_elsewhere_changes_nothing(tmp_path: Pat
     lister = Lister("https://pds.test", LIST_REPOS, FULL, False)
     before, key = Sweep(cursor="b", started_us=5), ("source", "s")
     after = before._replace(cursor="c", pages=1)
-    unit = FoundUnit(key, before, after, Finding([DID], [], [], []), lister, None, False, {"pages": 1})  # type: ignore[arg-type]
+    room = SimpleNamespace(room=lambda _tx: 1)
+    finding = Finding([DID, "did:plc:over"], [], [], [])
+    unit = FoundUnit(key, before, after, finding, lister, room, False, {"pages": 1})  # type: ignore[arg-type]
     async with opened(tmp_path) as store:
         for stored in (None, list(before._replace(cursor="a")), list(before._replace(started_us=6))):
             await store.writer.run("set", lambda tx: tx.set_crawl_row(*key, stored))  # noqa: B023
@@ -90,7 +93,9 @@ async def test_a_page_of_a_sweep_that_is_elsewhere_changes_nothing(tmp_path: Pat
             assert store.db.repo(DID) is None
         await store.writer.run("set", lambda tx: tx.set_crawl_row(*key, list(before)))
         assert await store.writer.run("page", unit) == 1
-        assert store.db.counts("crawler/") == {"crawler/pages": 1, "crawler/found": 1}
+        assert store.db.counts("crawler/") == {
+            "crawler/pages": 1, "crawler/found": 1, "crawler/unresolved_full": 1,
+        }  # fmt: skip
         assert store.db.count("crawl/source") == 1
         row = store.db.repo(DID)
         assert row is not None

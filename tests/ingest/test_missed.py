@@ -11,8 +11,9 @@ import pytest
 from indexer.atproto.frames import decode_frame
 from indexer.atproto.types import Rev
 from indexer.ingest import drain, pipeline
-from indexer.ingest.apply import SYNC_BLOCKS_BYTES, Arrival, Result
+from indexer.ingest.apply import SYNC_BLOCKS_BYTES, Arrival
 from indexer.ingest.machine import Act
+from indexer.ingest.newcomers import Result
 from indexer.ingest.suspects import verified
 from indexer.ingest.tools import IngestTools
 from indexer.ingest.verify import Item, Verdict, VerifyLimits, verify_frame

@@ -16,9 +16,8 @@ from tests.paths import ROOT
 
 PAGE = (ROOT / "docs" / "sync.md").read_text()
 FILES = ["atproto/frames.py"]
-FILES += [
-    f"ingest/{name}.py" for name in ("verify", "machine", "apply", "answers", "drain", "pipeline", "suspects")
-]
+_PARTS = "verify machine apply answers drain newcomers pipeline strangers suspects"
+FILES += [f"ingest/{name}.py" for name in _PARTS.split()]
 #: Call → where the reason stands among its arguments.
 CALLS = {
     "_reject": 1, "_desync": 1, "Verdict": 2, "Decision": 1, "_unproven": 1, "desynchronized": 1,

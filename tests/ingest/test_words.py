@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from indexer.atproto.frames import AccountFrame, IdentityFrame
-from indexer.ingest.apply import Result
 from indexer.ingest.machine import Act
+from indexer.ingest.newcomers import Result
 from indexer.simulator.wire import frame
 from indexer.store.codecs import AccountStatus, Work
 from indexer.store.transaction import Transaction

@@ -146,6 +146,27 @@ async def test_a_removed_repository_keeps_its_data_unless_purged(tmp_path: Path)
         assert (row.tracked, row.epoch) == (False, 1)
 
 
+async def test_of_a_repository_that_never_was_known_nothing_is_claimed_and_a_purge_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as node:
+        heard = NEW_REPO._replace(tracked=True, hearsay=True)
+        await node.writer.run("heard", lambda tx: tx.set_repo(ALICE, heard))
+        shown = (await node.manage("GET", f"/repos/{ALICE}"))[1]
+        assert (shown["active"], shown["resolved"]) == (False, False)
+        answer = await node.xrpc("com.atproto.sync.getRepoStatus", did=ALICE)
+        assert (answer[0], answer[1]["error"]) == (400, "RepoNotFound")
+        body = json.dumps([{"did": ALICE}])
+        assert await node.manage("PUT", "/repos", data=body) == (200, [{"did": ALICE}])  # asked for by now
+        row = node.services.db.repo(ALICE)
+        assert row is not None
+        assert (row.hearsay, row.due > 0) == (False, True)
+        assert await node.manage("DELETE", "/repos?purge=true", data=body) == (200, [{"did": ALICE}])
+        assert node.services.db.repo(ALICE) is None
+        await fill(node, ALICE, [])
+        assert (await node.manage("GET", f"/repos/{ALICE}"))[1]["active"]
+
+
 async def test_a_resync_queues_followed_repositories_only(tmp_path: Path) -> None:
     async with running(tmp_path) as node:
         await fill(node, ALICE, [])

@@ -107,6 +107,11 @@ async def named_did(services: Services, params: Params, name: str = "repo") -> D
         raise RequestError(f"handle {identifier} could not be resolved", name="HandleNotFound") from error
 
 
+def is_resolved(row: RepoRow) -> bool:
+    """Whether the account's identity was ever known: of others nobody can say that they are active."""
+    return bool(row.signing_key or row.rev or row.epoch)
+
+
 def known_repo(row: RepoRow | None, did: Did) -> RepoRow:
     """The row of a repository that we follow or have followed, whatever its status."""
     if row is None or (not row.tracked and not row.rev):
