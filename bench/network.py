@@ -112,11 +112,13 @@ async def measure(cars: list[StampedCar], folder: Path, *, profile: Path | None 
     }
     async with ReplayNetwork(sources, documents, {car.info.did: car for car in cars}) as network:
         settings = {
+            "filter.mode": "full",
             "upstreams": "",
             "plc_urls": network.plc_url,
             "plc.max_requests_per_s": 10_000,
             "crawler.sources": f"hosts::{network.urls[0]}",
             "crawler.max_queued": 1_000_000,
+            "backfill.concurrency": 32,
         }
         async with running_daemon(settings, folder, profile=profile) as daemon:
             start = time.perf_counter()
