@@ -181,6 +181,14 @@ def _url_of(bind: str) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+json_option = click.option("--json", "raw", is_flag=True, help="JSON.")
+
+
+def say(answer: Mapping[str, Any], raw: bool, line: str) -> None:
+    """One object of an answer: as it is, or the line that a person reads of it."""
+    click.echo(safe_json(json.dumps(answer)) if raw else safe_text(line))
+
+
 def run_client(work: Coroutine[Any, Any, T]) -> T:
     """Runs ``work`` until it is done or the terminal has enough of it."""
     try:

@@ -5,15 +5,14 @@ Owns the options and the output. A source is named as in the settings: `[mode::]
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from indexer.commands.client import Daemon, run_client, safe_json, safe_text, with_daemon
+from indexer.commands.client import Daemon, json_option, run_client, say, with_daemon
 
-_json = click.option("--json", "raw", is_flag=True, help="JSON.")
+_wanted = click.argument("wanted", metavar="[MODE::]URL")
 
 
 @click.group()
@@ -27,60 +26,42 @@ def source() -> None:
 
 
 @source.command("list")
-@_json
+@json_option
 @with_daemon
 def list_sources(daemon: Daemon, raw: bool) -> None:
     """List sources: name, state, how far the sweep is, what it found."""
-
-    async def main() -> None:
-        for item in await daemon.manage("GET", "/crawler/sources"):
-            _show(item, raw)
-
-    run_client(main())
+    for item in run_client(daemon.manage("GET", "/crawler/sources")):
+        say(item, raw, _line(item))
 
 
 @source.command()
-@click.argument("wanted", metavar="[MODE::]URL")
-@_json
+@_wanted
+@json_option
 @with_daemon
 def add(daemon: Daemon, wanted: str, raw: bool) -> None:
     """Read the list at URL from now on, also after a restart. MODE: list_repos, by_collection or hosts."""
-
-    async def main() -> None:
-        _show(await daemon.manage("POST", "/crawler/sources", {"url": wanted}), raw)
-
-    run_client(main())
+    item = run_client(daemon.manage("POST", "/crawler/sources", {"url": wanted}))
+    say(item, raw, _line(item))
 
 
 @source.command()
-@click.argument("wanted", metavar="[MODE::]URL")
-@_json
+@_wanted
+@json_option
 @with_daemon
 def remove(daemon: Daemon, wanted: str, raw: bool) -> None:
     """Read it no longer. One of the settings stays listed, switched off."""
-
-    async def main() -> None:
-        answer = await daemon.manage("DELETE", "/crawler/sources", {"url": wanted})
-        click.echo(safe_json(json.dumps(answer)) if raw else safe_text(f"{answer['name']}  removed"))
-
-    run_client(main())
+    answer = run_client(daemon.manage("DELETE", "/crawler/sources", {"url": wanted}))
+    say(answer, raw, f"{answer['name']}  removed")
 
 
 @source.command()
-@click.argument("wanted", metavar="[MODE::]URL")
-@_json
+@_wanted
+@json_option
 @with_daemon
 def reset(daemon: Daemon, wanted: str, raw: bool) -> None:
     """Begin a new sweep of it now."""
-
-    async def main() -> None:
-        _show(await daemon.manage("DELETE", "/crawler/cursors", {"url": wanted}), raw)
-
-    run_client(main())
-
-
-def _show(item: Mapping[str, Any], raw: bool) -> None:
-    click.echo(safe_json(json.dumps(item)) if raw else _line(item))
+    item = run_client(daemon.manage("DELETE", "/crawler/cursors", {"url": wanted}))
+    say(item, raw, _line(item))
 
 
 def _line(item: Mapping[str, Any]) -> str:
@@ -94,4 +75,4 @@ def _line(item: Mapping[str, Any]) -> str:
     if item["last_outcome"]:
         notes.append(f"last sweep: {item['last_outcome']}")
     notes += [text for text in (item["error"], item["note"]) if text]
-    return safe_text(f"{item['name']}  {state}  {', '.join(notes)}")
+    return f"{item['name']}  {state}  {', '.join(notes)}"

@@ -6,7 +6,6 @@ that is not 443.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -14,10 +13,9 @@ from urllib.parse import urlencode
 
 import click
 
-from indexer.commands.client import Daemon, run_client, safe_json, safe_text, with_daemon
+from indexer.commands.client import Daemon, json_option, run_client, say, with_daemon
 
 _STATES: Final = ("active", "idle", "offline", "throttled", "banned")
-_json = click.option("--json", "raw", is_flag=True, help="JSON.")
 _host = click.argument("name", metavar="HOST")
 
 
@@ -28,7 +26,7 @@ def host() -> None:
 
 @host.command("list")
 @click.option("--status", type=click.Choice(_STATES), help="Only those in this state.")
-@_json
+@json_option
 @with_daemon
 def list_hosts(daemon: Daemon, status: str | None, raw: bool) -> None:
     """List hosts: state, accounts, tier, limits, last failure."""
@@ -49,16 +47,12 @@ def list_hosts(daemon: Daemon, status: str | None, raw: bool) -> None:
 @host.command()
 @_host
 @click.argument("tier", required=False)
-@_json
+@json_option
 @with_daemon
 def tier(daemon: Daemon, name: str, tier: str | None, raw: bool) -> None:
     """Give HOST a tier of the settings (`hosts.tiers`); without one the rules decide again."""
-
-    async def main() -> None:
-        body = {"host": name} | ({"tier": tier} if tier else {})
-        _print(await daemon.manage("PUT" if tier else "DELETE", "/pds/tiers", body), raw)
-
-    run_client(main())
+    body = {"host": name} | ({"tier": tier} if tier else {})
+    _print(run_client(daemon.manage("PUT" if tier else "DELETE", "/pds/tiers", body)), raw)
 
 
 @host.command()
@@ -66,7 +60,7 @@ def tier(daemon: Daemon, name: str, tier: str | None, raw: bool) -> None:
 @click.option("--fetches", type=click.IntRange(1), help="Fetches at one time.")
 @click.option("--requests-per-s", type=click.FloatRange(0), help="Requests a second; 0 is no limit.")
 @click.option("--accounts", type=click.IntRange(0), help="Accounts above which it is held back; 0: no limit.")
-@_json
+@json_option
 @with_daemon
 def limit(
     daemon: Daemon,
@@ -79,43 +73,31 @@ def limit(
     """Give HOST limits of its own; without any option its tier's count again."""
     given = {"fetches": fetches, "requests_per_s": requests_per_s, "account_limit": accounts}
     limits = {key: value for key, value in given.items() if value is not None}
-
-    async def main() -> None:
-        method = "PUT" if limits else "DELETE"
-        _print(await daemon.manage(method, "/pds/limits", {"host": name, **limits}), raw)
-
-    run_client(main())
+    method = "PUT" if limits else "DELETE"
+    _print(run_client(daemon.manage(method, "/pds/limits", {"host": name, **limits})), raw)
 
 
 @host.command()
 @_host
 @click.option("--note", default="", help="Why, for people.")
-@_json
+@json_option
 @with_daemon
 def ban(daemon: Daemon, name: str, note: str, raw: bool) -> None:
     """Fetch nothing from HOST, take no frames of it or of its accounts."""
-
-    async def main() -> None:
-        _print(await daemon.manage("PUT", "/pds/banned", {"host": name, "note": note}), raw)
-
-    run_client(main())
+    _print(run_client(daemon.manage("PUT", "/pds/banned", {"host": name, "note": note})), raw)
 
 
 @host.command()
 @_host
-@_json
+@json_option
 @with_daemon
 def unban(daemon: Daemon, name: str, raw: bool) -> None:
     """Let HOST be fetched from again; what was missed is fetched."""
-
-    async def main() -> None:
-        _print(await daemon.manage("DELETE", "/pds/banned", {"host": name}), raw)
-
-    run_client(main())
+    _print(run_client(daemon.manage("DELETE", "/pds/banned", {"host": name})), raw)
 
 
 def _print(item: Mapping[str, Any], raw: bool) -> None:
-    click.echo(safe_json(json.dumps(item)) if raw else _line(item, time.time()))
+    say(item, raw, _line(item, time.time()))
 
 
 def _line(item: Mapping[str, Any], now: float) -> str:
@@ -131,4 +113,4 @@ def _line(item: Mapping[str, Any], now: float) -> str:
         notes.append(item["error"])
     if item["note"]:
         notes.append(item["note"])
-    return safe_text(f"{item['host']}  {item['status']}  {', '.join(notes)}")
+    return f"{item['host']}  {item['status']}  {', '.join(notes)}"

@@ -6,19 +6,18 @@ Owns the options and the output. An upstream is named as in the settings: `wss:/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import urlencode
 
 import click
 
-from indexer.commands.client import Daemon, run_client, safe_json, safe_text, with_daemon
+from indexer.commands.client import Daemon, json_option, run_client, say, with_daemon
 from indexer.errors import RequestError
 
 _PDS: Final = "pds::"
 _PLACES: Final = ("oldest", "live")
-_json = click.option("--json", "raw", is_flag=True, help="JSON.")
+_upstream = click.argument("upstream", metavar="URL")
 
 
 @click.group()
@@ -27,80 +26,59 @@ def source() -> None:
 
 
 @source.command("list")
-@_json
+@json_option
 @with_daemon
 def list_sources(daemon: Daemon, raw: bool) -> None:
     """List upstreams: name, state, cursor, lag, last failure."""
-
-    async def main() -> None:
-        for item in await daemon.manage("GET", "/firehose/sources"):
-            click.echo(safe_json(json.dumps(item)) if raw else _line(item))
-
-    run_client(main())
+    for item in run_client(daemon.manage("GET", "/firehose/sources")):
+        say(item, raw, _line(item))
 
 
 @source.command()
-@click.argument("upstream", metavar="URL")
+@_upstream
 @click.option("--cursor", help="Where to begin: a sequence number, oldest or live  [default: live]")
-@_json
+@json_option
 @with_daemon
 def add(daemon: Daemon, upstream: str, cursor: str | None, raw: bool) -> None:
     """Follow URL from now on, also after a restart."""
     body = _named(upstream) | ({} if cursor is None else {"cursor": _cursor(cursor)})
-
-    async def main() -> None:
-        item = await daemon.manage("POST", "/firehose/sources", body)
-        click.echo(safe_json(json.dumps(item)) if raw else _line(item))
-
-    run_client(main())
+    item = run_client(daemon.manage("POST", "/firehose/sources", body))
+    say(item, raw, _line(item))
 
 
 @source.command()
-@click.argument("upstream", metavar="URL")
+@_upstream
 @click.option("--forget", is_flag=True, help="Its cursor and its counts go too.")
-@_json
+@json_option
 @with_daemon
 def remove(daemon: Daemon, upstream: str, forget: bool, raw: bool) -> None:
     """Follow URL no longer. One of the settings stays listed, switched off."""
-
-    async def main() -> None:
-        query = urlencode({"forget": "true"} if forget else {})
-        answer = await daemon.manage("DELETE", f"/firehose/sources?{query}", _named(upstream))
-        kept = "cursor forgotten" if forget else "cursor kept"
-        click.echo(safe_json(json.dumps(answer)) if raw else safe_text(f"{answer['name']}: removed, {kept}"))
-
-    run_client(main())
+    query = urlencode({"forget": "true"} if forget else {})
+    answer = run_client(daemon.manage("DELETE", f"/firehose/sources?{query}", _named(upstream)))
+    say(answer, raw, f"{answer['name']}: removed, {'cursor forgotten' if forget else 'cursor kept'}")
 
 
 @source.command()
-@click.argument("upstream", metavar="URL")
+@_upstream
 @click.argument("place", metavar="SEQ|oldest|live|accept")
-@_json
+@json_option
 @with_daemon
 def cursor(daemon: Daemon, upstream: str, place: str, raw: bool) -> None:
     """Set where following URL goes on; `accept` takes a new numbering of its stream for good."""
     body = _named(upstream) | {"cursor": place if place == "accept" else _cursor(place)}
-
-    async def main() -> None:
-        answer = await daemon.manage("POST", "/firehose/cursors", body)
-        at = "the live tail" if answer["cursor"] is None else answer["cursor"]
-        click.echo(safe_json(json.dumps(answer)) if raw else safe_text(f"{answer['name']}: goes on at {at}"))
-
-    run_client(main())
+    answer = run_client(daemon.manage("POST", "/firehose/cursors", body))
+    at = "the live tail" if answer["cursor"] is None else answer["cursor"]
+    say(answer, raw, f"{answer['name']}: goes on at {at}")
 
 
 @source.command()
-@click.argument("upstream", metavar="URL")
-@_json
+@_upstream
+@json_option
 @with_daemon
 def compare(daemon: Daemon, upstream: str, raw: bool) -> None:
     """Compare the revs that URL lists with ours, as after a possible loss; what is behind is fetched."""
-
-    async def main() -> None:
-        answer = await daemon.manage("POST", "/firehose/compare", _named(upstream))
-        click.echo(safe_json(json.dumps(answer)) if raw else safe_text(f"{answer['name']}: scheduled"))
-
-    run_client(main())
+    answer = run_client(daemon.manage("POST", "/firehose/compare", _named(upstream)))
+    say(answer, raw, f"{answer['name']}: scheduled")
 
 
 def _named(url: str) -> dict[str, Any]:
@@ -132,4 +110,4 @@ def _line(item: Mapping[str, Any]) -> str:
         notes.append("its numbering is new: see `indexer source cursor … accept`")
     if item["error"]:
         notes.append(item["error"])
-    return safe_text(f"{item['name']}  {state}  {', '.join(notes)}")
+    return f"{item['name']}  {state}  {', '.join(notes)}"
