@@ -2,6 +2,8 @@
 
 The limit is 30 s, `@pytest.mark.limit(seconds)` changes it. A test that overruns it fails with the
 stack of where it was (SIGALRM, so also inside native calls that return to Python).
+
+`tests.split` spreads the modules over several processes, `tests.places` says where their files are.
 """
 
 from __future__ import annotations
@@ -14,8 +16,29 @@ from types import FrameType
 
 import pytest
 import structlog
+from hypothesis import settings
+
+from tests.places import pytest_configure
+from tests.split import pytest_addoption, pytest_runtestloop
+
+__all__ = [
+    "pytest_addoption", "pytest_configure", "pytest_pyfunc_call", "pytest_runtest_call", "pytest_runtestloop",
+]  # fmt: skip
 
 DEFAULT_LIMIT_S = 30
+
+
+def _log_plainly() -> None:
+    """As structlog does by itself, but for coloured tracebacks, which cost a second each."""
+    structlog.reset_defaults()
+    plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[*structlog.get_config()["processors"][:-1], plain])
+
+
+_log_plainly()
+# A busy machine makes an example slow: the test's own limit is the one that counts.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -42,4 +65,4 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-        structlog.reset_defaults()  # a command run in a test logs to a stream that ends with the test
+        _log_plainly()  # a command run in a test logs to a stream that ends with the test
