@@ -40,10 +40,15 @@ TOP = {"cli", "commands", "__main__", "__init__"}
 
 
 @cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+@cache
 def _imports(path: Path) -> frozenset[str]:
     """Every module that a file imports, at any depth, with `from a import b` given as a.b."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    for node in ast.walk(_parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -140,7 +145,7 @@ def test_every_module_opens_with_its_charter() -> None:
         str(path.relative_to(ROOT))
         for folder in ("indexer", "bench")
         for path in sorted((ROOT / folder).rglob("*.py"))
-        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+        if path.read_text().strip() and not ast.get_docstring(_parsed(path))
     ]
     assert not bare
 
@@ -151,7 +156,7 @@ def test_modules_and_functions_stay_small() -> None:
         text = path.read_text()
         if text.count("\n") > 400:
             long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(_parsed(path)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 length = (node.end_lineno or 0) - node.lineno
                 if length > 80:

@@ -1,4 +1,4 @@
-"""The slow, obvious twin of the tree code: a dict of records, a recursive definition of the tree, `dag_cbor`.
+"""The slow, obvious twin of the tree code: a dict of records, a recursive definition of the tree, `cbor2`.
 
 Shares nothing with what it is compared with. Also makes trees and nodes that break the rules.
 """
@@ -9,17 +9,23 @@ from hashlib import sha256
 from itertools import pairwise
 from typing import Any
 
-import dag_cbor
-from multiformats import CID, multihash
+from cbor2 import CBORTag, dumps
+
+_DAG_CBOR_SHA256 = bytes((0x01, 0x71, 0x12, 0x20))  # CIDv1, the codec, the hash and its length
 
 
 def cid_of(block: bytes) -> bytes:
-    return bytes(CID("base32", 1, "dag-cbor", multihash.digest(block, "sha2-256")))
+    return _DAG_CBOR_SHA256 + sha256(block).digest()
+
+
+def link(cid: bytes) -> CBORTag:
+    return CBORTag(42, b"\0" + cid)
 
 
 def layer_of(key: str) -> int:
-    bits = "".join(f"{byte:08b}" for byte in sha256(key.encode()).digest())
-    return (len(bits) - len(bits.lstrip("0"))) // 2
+    bits = 8 * sha256().digest_size
+    leading_zeros = bits - int.from_bytes(sha256(key.encode()).digest(), "big").bit_length()
+    return leading_zeros // 2
 
 
 def node(entries: list[tuple[str, bytes, bytes | None]], left: bytes | None, **extra: Any) -> bytes:
@@ -34,12 +40,12 @@ def node(entries: list[tuple[str, bytes, bytes | None]], left: bytes | None, **e
             {
                 "p": shared,
                 "k": key[shared:].encode(),
-                "v": CID.decode(value),
-                "t": None if tree is None else CID.decode(tree),
+                "v": link(value),
+                "t": None if tree is None else link(tree),
             }
         )
         last = key
-    return dag_cbor.encode({"e": encoded, "l": None if left is None else CID.decode(left), **extra})
+    return dumps({"e": encoded, "l": None if left is None else link(left), **extra}, canonical=True)
 
 
 def slow_build(records: dict[str, bytes]) -> tuple[bytes, dict[bytes, bytes]]:
@@ -62,7 +68,7 @@ def slow_build(records: dict[str, bytes]) -> tuple[bytes, dict[bytes, bytes]]:
     keys = sorted(records)
     root = subtree(keys, max(map(layer_of, keys))) if keys else None
     if root is None:
-        block = dag_cbor.encode({"e": [], "l": None})
+        block = node([], None)
         nodes[cid_of(block)] = block
         return cid_of(block), nodes
     return root, nodes

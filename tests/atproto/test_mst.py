@@ -48,6 +48,19 @@ RECORDS = st.dictionaries(
 )
 
 
+def test_the_twin_encodes_a_node_as_an_independent_codec_does() -> None:
+    entries = [("com.example.a/1", V, cid_of(b"x")), ("com.example.a/2", dag_cbor_cid(b"y"), None)]
+    twin = node(entries, cid_of(b"z"), x=1)
+    assert dag_cbor.encode(dag_cbor.decode(twin)) == twin
+    assert links_of(dag_cbor.decode(twin)) == [cid_of(b"z"), V, cid_of(b"x"), dag_cbor_cid(b"y")]
+
+
+def links_of(value: Any) -> list[bytes]:
+    """The links of a decoded node: left, then value and subtree of each entry."""
+    links = [value["l"], *(entry[name] for entry in value["e"] for name in ("v", "t"))]
+    return [bytes(link) for link in links if link is not None]
+
+
 # --- interop vectors --------------------------------------------------------------------------------------
 
 
@@ -243,8 +256,11 @@ def test_every_missing_node_is_found() -> None:
 # --- nodes ------------------------------------------------------------------------------------------------
 
 
+ENTRY = {"p": 0, "k": key_on(0).encode(), "v": CID.decode(V), "t": None}
+
+
 def entry(**changes: Any) -> dict[str, Any]:
-    return {"p": 0, "k": key_on(0).encode(), "v": CID.decode(V), "t": None, **changes}
+    return ENTRY | changes
 
 
 def encoded(*entries: Any, **changes: Any) -> bytes:

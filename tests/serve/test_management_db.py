@@ -17,7 +17,7 @@ import pytest
 from indexer.errors import StoreError
 from indexer.ingest.audit import Auditor
 from indexer.pool import Pool
-from indexer.serve import health, management_db
+from indexer.serve import health, listener, management_db
 from indexer.serve.management import ManagementServer
 from indexer.serve.metrics import Metrics
 from indexer.store import backup as backups
@@ -169,15 +169,17 @@ async def test_a_stop_does_not_wait_for_a_backup(tmp_path: Path, monkeypatch: py
 
     def endless(_db: Database, _target: Path, *, progress: Callable[[str, int, int], None]) -> NoReturn:
         try:
-            while True:
+            while not over.wait(0.001):  # the loop needs its turns
                 progress("files", 1, 2)
                 began.set()
+            raise AssertionError("it ended by itself")
         except StoreError as error:
             ended.append(str(error))
             over.set()
             raise
 
     monkeypatch.setattr(management_db, "backup", endless)
+    monkeypatch.setattr(listener, "_SHUTDOWN_S", 0.1)
     async with running(tmp_path) as node:
         asked = asyncio.create_task(node.manage("POST", "/db/backup", json={"to": str(tmp_path / "copy")}))
         await asyncio.to_thread(began.wait)
