@@ -25,7 +25,7 @@ from indexer.store.codecs import AccountStatus, SyncState, Work
 from indexer.store.keyspaces import QUARANTINE
 from tests.ingest.forge import Forge
 from tests.ingest.node import Node
-from tests.ingest.test_pipeline import count, holds, row_of, world
+from tests.ingest.test_pipeline import count, followed, holds, row_of, world
 
 YEAR_2096_US = 3_976_214_400_000_000
 
@@ -251,10 +251,7 @@ async def test_a_handle_without_an_answer_holds_nothing_up(tmp_path: Path) -> No
 
 
 async def test_a_claim_that_is_given_up_is_told_no_longer(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (net, node, forge):
         net.network.documents[forge.did]["alsoKnownAs"] = []
         net.send(net.plain(forge.identity, "someone.test"))
         await node.until(lambda: row_of(node, forge).handle == "handle.invalid")

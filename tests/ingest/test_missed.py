@@ -23,7 +23,7 @@ from indexer.store.codecs import NEW_REPO, AccountStatus, RepoRow, SyncState
 from indexer.store.transaction import Transaction
 from tests.ingest.forge import FAR_FUTURE, Forge, Parts
 from tests.ingest.node import Node
-from tests.ingest.test_pipeline import count, holds, row_of, world
+from tests.ingest.test_pipeline import count, followed, holds, row_of, world
 
 
 async def test_an_account_that_comes_back_is_fetched_though_nobody_sent_what_it_wrote_meanwhile(
@@ -63,10 +63,7 @@ async def test_a_sync_frame_longer_than_the_lexicon_allows_is_taken_and_counted(
 
 
 async def test_a_dropped_buffer_is_made_up_for_by_a_fetch_as_new_as_its_newest_frame(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path, ingest={"buffer_frames_per_repo": 3}) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path, ingest={"buffer_frames_per_repo": 3}) as (_net, node, forge):
         base = row_of(node, forge)
         late, *ahead = [forge.posts(1) for _ in range(4)]
         forged = forge.posts(1)
@@ -116,10 +113,7 @@ async def test_what_waited_for_a_fetch_that_is_not_needed_any_more_is_replayed(t
 async def test_the_cursor_stands_at_what_is_committed_not_at_what_was_received(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with world() as net, net.node(tmp_path, ingest={"batch_frames": 1}) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path, ingest={"batch_frames": 1}) as (net, node, forge):
         first, second = asyncio.Event(), asyncio.Event()
         gates = [first, second]
 
@@ -141,10 +135,7 @@ async def test_the_cursor_stands_at_what_is_committed_not_at_what_was_received(
 async def test_a_frame_that_was_replayed_is_not_met_again_when_another_of_its_rev_comes_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge) and not row_of(node, forge).work)
+    async with followed(tmp_path) as (_net, node, forge):
         waiting = forge.posts(1)
         data, rev = waiting.encode(), waiting.rev
 

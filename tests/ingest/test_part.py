@@ -14,7 +14,7 @@ from indexer.ingest.tools import IngestTools
 from indexer.ingest.verify import Item, Outcome, Verdict, VerifyLimits, verify_batch
 from indexer.store.transaction import Transaction
 from tests.ingest.forge import FAR_FUTURE, Forge
-from tests.ingest.test_pipeline import count, holds, row_of, world
+from tests.ingest.test_pipeline import count, followed, holds, row_of
 
 #: A key that stands on another layer than its own, where nobody looked.
 ASTRAY = next(key for n in range(9) if key_layer(key := f"zz.elsewhere.thing/{n}".encode()) == 0)
@@ -43,10 +43,7 @@ async def test_a_commit_is_verified_anew_when_the_tree_before_it_was_taken_for_a
         asked.extend(whole for _, _, whole in items)
         return await verified(tools, items)
 
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge) and not row_of(node, forge).work)
+    async with followed(tmp_path) as (net, node, forge):
         monkeypatch.setattr(pipeline, "verified", noted)
 
         def sparse(tx: Transaction) -> None:

@@ -119,6 +119,16 @@ async def world() -> AsyncIterator[World]:
         yield made
 
 
+@asynccontextmanager
+async def followed(folder: Path, **tables: Any) -> AsyncIterator[tuple[World, Node, Forge]]:
+    """A node that holds the first commit of the world's one account."""
+    async with world() as net, net.node(folder, **tables) as node:
+        forge = net.account()
+        net.send(forge.parts())
+        await node.until(lambda: holds(node, forge))
+        yield net, node, forge
+
+
 def row_of(node: Node, forge: Forge) -> RepoRow:
     row = node.db.repo(forge.did)
     assert row is not None
@@ -274,10 +284,7 @@ async def test_a_forged_commit_is_refused_and_the_host_s_rev_compared(tmp_path: 
 
 
 async def test_an_identity_frame_has_the_identity_asked_for_again(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (net, node, forge):
         net.send(net.plain(forge.identity, "liar.test"))
         await node.until(lambda: node.seqs() == [net.seq] and holds(node, forge))
         net.publish(forge, handle="new.test")
@@ -412,10 +419,7 @@ async def test_an_oversize_record_makes_its_repository_incomplete(tmp_path: Path
 
 
 async def test_bad_frames_are_counted_and_the_rest_goes_on(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (net, node, forge):
         bad = forge.sync()
         bad.payload["rev"] = "not a tid"
         net.send(bad, info_frame("OutdatedCursor", "older frames are gone"), forge.posts(1))
@@ -453,10 +457,7 @@ async def test_an_error_frame_ends_the_connection_and_a_future_cursor_goes_to_th
 
 
 async def test_an_unreadable_frame_is_skipped_when_it_comes_again_and_again(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (net, node, forge):
         net.send(forge.posts(1).encode() + b"\x00", forge.posts(1))
         net.store(forge)
         await node.until(lambda: holds(node, forge))
@@ -518,10 +519,7 @@ async def test_a_full_disk_stops_the_intake_until_there_is_room(
     monkeypatch.setattr(service, "DISK_CHECK_S", 0.01)
     free = 100 << 20
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(free))
-    async with world() as net, net.node(tmp_path, disk={"hard_floor_mib": 50}) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path, disk={"hard_floor_mib": 50}) as (net, node, forge):
         free = 10 << 20
         await node.until(lambda: not node.ingest._space.is_set())
         net.send(forge.posts(1))

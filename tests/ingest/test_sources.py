@@ -17,7 +17,7 @@ from indexer.ingest.source import Source
 from indexer.store.codecs import SourceRow
 from indexer.store.keyspaces import QUARANTINE, SOURCES
 from tests.ingest.node import Node
-from tests.ingest.test_pipeline import holds, world
+from tests.ingest.test_pipeline import followed, holds, world
 from tests.ingest.upstream import raw, scripted
 
 
@@ -224,10 +224,7 @@ async def test_a_connection_s_task_that_fails_is_started_again_and_counted(
         return await session(self)
 
     monkeypatch.setattr(Source, "_session", fails)
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (net, node, _forge):
         source = of(node, net.network.stream_urls[0])
         assert source["restarts"] == 2
         assert source["outcomes"]["connection/failed"] == 2

@@ -33,7 +33,7 @@ from indexer.store.host_rows import host_of
 from indexer.store.transaction import Transaction
 from tests.ingest.forge import POST, Forge, create
 from tests.ingest.test_missed import arrive
-from tests.ingest.test_pipeline import AWAY, World, count, holds, row_of, world
+from tests.ingest.test_pipeline import AWAY, World, count, followed, holds, row_of, world
 
 HOUR_US = 3_600_000_000
 
@@ -105,10 +105,7 @@ async def test_more_forged_frames_than_there_is_room_for_change_no_state(tmp_pat
 
 
 async def test_a_forged_frame_takes_no_true_one_s_place(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (_net, node, forge):
         true = forge.posts(1).encode()
         rev = forge.account.rev
 
@@ -126,10 +123,7 @@ async def test_a_forged_frame_takes_no_true_one_s_place(tmp_path: Path) -> None:
 async def test_frames_that_come_while_others_are_replayed_are_verified_in_the_pool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge) and not row_of(node, forge).work)
+    async with followed(tmp_path) as (_net, node, forge):
         await node.backfill.stop()
         fetched = row_of(node, forge)._replace(state=SyncState.BACKFILLING, due=1, work=int(Work.DRAIN))
         first, *late = [forge.posts(1).encode() for _ in range(4)]
@@ -196,10 +190,7 @@ async def test_a_true_commit_of_the_new_host_is_not_refused_by_an_answer_from_be
 
 
 async def test_an_older_answer_does_not_undo_a_newer_one(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (_net, node, forge):
         row, answers = row_of(node, forge), node.ingest._drainer._answers
         old = Identity(forge.did, "someone.test", row.signing_key, row.pds, row.identity_at)
         key = SigningKey.derive(K256, "newer").did_key
@@ -218,10 +209,7 @@ async def test_an_older_answer_does_not_undo_a_newer_one(tmp_path: Path) -> None
 
 
 async def test_a_time_that_our_clock_has_not_reached_yet_holds_no_answer_up(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (_net, node, forge):
         row, answers = row_of(node, forge), node.ingest._drainer._answers
         new = Identity(forge.did, "someone.test", row.signing_key, AWAY, row.identity_at + 1)
 
@@ -236,10 +224,7 @@ async def test_a_time_that_our_clock_has_not_reached_yet_holds_no_answer_up(tmp_
 
 
 async def test_a_forged_frame_of_a_banned_host_s_account_has_nothing_fetched(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (_net, node, forge):
         row = row_of(node, forge)
         node.ingest.bans.set(host_of(row.pds), True)
         forged = liar(forge).parts()

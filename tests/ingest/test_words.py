@@ -10,7 +10,7 @@ from indexer.ingest.newcomers import Result
 from indexer.simulator.wire import frame
 from indexer.store.codecs import AccountStatus, Work
 from indexer.store.transaction import Transaction
-from tests.ingest.test_pipeline import count, holds, row_of, world
+from tests.ingest.test_pipeline import count, followed, holds, row_of, world
 
 A, B, OLD_HOME = "ws://relay-a.test", "ws://relay-b.test", "pds::ws://old.test"
 
@@ -20,10 +20,7 @@ def word(seq: int, status: str | None, second: int, did: str = "did:plc:" + "a" 
 
 
 async def test_a_word_that_is_played_again_does_not_undo_a_newer_one(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (_net, node, forge):
         tell = node.ingest.applier.account
         back, gone = word(8, None, 20), word(5, "deactivated", 10)
 
@@ -41,10 +38,7 @@ async def test_a_word_that_is_played_again_does_not_undo_a_newer_one(tmp_path: P
 
 
 async def test_an_old_word_under_a_new_number_has_the_pds_asked(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (net, node, forge):
         net.network.accounts[forge.did] = {"status": "deactivated"}
         tell = node.ingest.applier.account
 
@@ -58,10 +52,7 @@ async def test_an_old_word_under_a_new_number_has_the_pds_asked(tmp_path: Path) 
 
 
 async def test_two_relays_that_say_the_same_tell_the_log_once(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (net, node, forge):
         net.network.accounts[forge.did] = {"status": "takendown"}
         tell = node.ingest.applier.account
 
@@ -79,10 +70,7 @@ async def test_two_relays_that_say_the_same_tell_the_log_once(tmp_path: Path) ->
 async def test_the_old_host_s_word_after_a_migration_hides_nothing_and_has_the_directory_asked(
     tmp_path: Path,
 ) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (_net, node, forge):
         said = word(9, "deactivated", 30)
 
         def step(tx: Transaction) -> tuple[Result, int]:
@@ -98,10 +86,7 @@ async def test_the_old_host_s_word_after_a_migration_hides_nothing_and_has_the_d
 
 
 async def test_a_hint_is_a_flag_in_the_row_so_that_a_kill_does_not_lose_it(tmp_path: Path) -> None:
-    async with world() as net, net.node(tmp_path) as node:
-        forge = net.account()
-        net.send(forge.parts())
-        await node.until(lambda: holds(node, forge))
+    async with followed(tmp_path) as (_net, node, forge):
         hint = IdentityFrame(9, forge.did, "2026-01-01T00:00:00Z", "liar.test")
 
         def step(tx: Transaction) -> int:
