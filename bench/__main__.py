@@ -18,7 +18,7 @@ from bench.options import Options
 
 NAMES = ("car_walk", "verify", "live", "backfill", "network", "gc", "disk")
 #: Run by name only: they compare what might be, not what is.
-ALONE = ("tuning",)
+ALONE = ("tuning", "parts")
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -268,7 +268,7 @@ class Job:
     async def _part(self, origin: str, identity: Identity, share: Share) -> Fetched | None:
         """What is wanted, where the account's PDS gives that alone; None when the whole is to be fetched."""
         tools, row = self._tools, self._tools.db.repo(self._did)
-        if origin != identity.pds or tools.archives is not None or not tools.settings.backfill.sparse:
+        if origin != identity.pds or tools.settings.archive.cars or not tools.settings.backfill.sparse:
             return None
         if row is None or row.attempt >= WHOLE_AFTER:
             return None

@@ -86,6 +86,8 @@ def unfit(estimate: Estimate, settings: BackfillSettings, rounds: int, *, first:
     """Why the whole repository is the better choice, "" while it is not; ``rounds`` are left."""
     if first and estimate.total < settings.sparse_min_records:
         return "small"
+    if not estimate.sure:
+        return ""
     if estimate.share > settings.sparse_share:
         return "share"
     if estimate.wanted > rounds * settings.sparse_parallel * settings.sparse_blocks:

@@ -21,6 +21,8 @@ from indexer.errors import MstError
 
 #: Keys on a layer to one on the layer above, on average.
 _FANOUT: Final = 4
+#: Subtrees by whose number the records in them are estimated.
+_SAMPLE: Final = 8
 #: The least record key: what is asked for to be led to where a collection begins.
 _LEAST_RKEY: Final = "-"
 _LEAST_PARTS: Final = 3  # of a collection's name
@@ -42,11 +44,15 @@ class Known(Protocol):
 
 
 class Estimate(NamedTuple):
-    """What the layers that were seen suggest: records in the ranges, records in all, the ranges' part."""
+    """What the layers that were seen suggest: records in the ranges, records in all, the ranges' part.
+
+    ``sure``: of the first and the last enough was seen to go by; ``total`` is rough at any time.
+    """
 
     wanted: float
     total: float
     share: float
+    sure: bool
 
 
 class _Place(NamedTuple):
@@ -132,7 +138,7 @@ class RangePlan:
         layer, entries = self._top
         total = float(max(1, entries) * _FANOUT ** max(0, layer))
         if layer < 0:
-            return Estimate(0.0, total, 0.0)
+            return Estimate(0.0, total, 0.0, True)
         missing = max((place.layer for place in self._nodes.values() if place is not None), default=-1)
         # Leaves have no links, so the layer above them tells how large a part it is.
         above, links = 1.0, _Links(1.0, 1, 1)
@@ -141,7 +147,8 @@ class RangePlan:
             links = self._links.get(seen, links)
         found = sum(count for seen, count in self._found.items() if seen > missing)
         below = links.weight * _FANOUT ** (missing + 1) if missing >= 0 else 0.0
-        return Estimate(found + below, total, above * links.weight / max(1, links.all))
+        sure = missing < 0 or links.wanted >= _SAMPLE
+        return Estimate(found + below, total, above * links.weight / max(1, links.all), sure)
 
     def _enter(self, cid: Cid, block: bytes, place: _Place | None) -> list[Cid]:
         """Takes a node; gives the children that are wanted and known already."""

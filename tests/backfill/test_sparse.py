@@ -104,12 +104,13 @@ async def test_portions_stay_within_the_settings_and_what_the_host_allows(tmp_pa
 @pytest.mark.parametrize(
     ("estimate", "rounds", "first", "reason"),
     [
-        (Estimate(100, 10_000, 0.1), 128, True, ""),
-        (Estimate(100, 900, 0.1), 128, True, "small"),
-        (Estimate(100, 900, 0.1), 128, False, ""),
-        (Estimate(100, 10_000, 0.6), 128, True, "share"),
-        (Estimate(52_000, 500_000, 0.1), 128, True, "rounds"),
-        (Estimate(500, 50_000, 0.1), 1, False, "rounds"),
+        (Estimate(100, 10_000, 0.1, True), 128, True, ""),
+        (Estimate(100, 1900, 0.1, False), 128, True, "small"),
+        (Estimate(100, 900, 0.1, False), 128, False, ""),
+        (Estimate(100, 10_000, 0.3, True), 128, True, "share"),
+        (Estimate(52_000, 500_000, 0.1, True), 128, True, "rounds"),
+        (Estimate(500, 50_000, 0.1, True), 1, False, "rounds"),
+        (Estimate(65_000, 50_000, 1.0, False), 128, True, ""),
     ],
 )
 def test_when_the_whole_repository_is_the_better_choice(
@@ -138,12 +139,17 @@ async def test_it_is_fetched_then(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("names", "backfill"), [([LIKE], {"sparse": False}), ([], {})])
-async def test_parts_are_not_asked_for_where_all_is_wanted_or_they_are_switched_off(
-    tmp_path: Path, names: list[str], backfill: dict[str, Any]
+@pytest.mark.parametrize(
+    ("names", "sections"),
+    [([LIKE], {"backfill": SMALL | {"sparse": False}}), ([LIKE], {"archive": {"cars": True}}), ([], {})],
+    ids=["switched off", "archived", "all is wanted"],
+)
+async def test_parts_are_not_asked_for_where_the_whole_is_needed_or_they_are_switched_off(
+    tmp_path: Path, names: list[str], sections: dict[str, Any]
 ) -> None:
     one = account("one", records())
-    async with PartHost() as host, world_of(tmp_path, host, *names, **backfill) as world:
+    sections = {"filter": {"collections": names}, "backfill": SMALL} | sections
+    async with PartHost() as host, World(tmp_path, host, **sections) as world:
         host.serve(one)
         row = await world.fetch(one)
         assert (row.state, row.sparse, row.complete) == (SyncState.SYNCED, False, not names)

@@ -75,6 +75,14 @@ def test_network_finds_every_account_from_one_address(
     assert {"repos_per_s_60", "records_per_s_60", "peak_mib_60", "eta_error_percent_60"} <= set(metrics)
 
 
+@pytest.mark.slow
+@pytest.mark.limit(120)
+def test_parts_are_compared_with_wholes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    metrics = _result(capsys, tmp_path, "parts", "600")
+    assert metrics["whole_requests_600"] == 1 < metrics["part_requests_600"]
+    assert metrics["part_kib_600"] < metrics["whole_kib_600"] / 2
+
+
 def test_the_time_foretold_is_judged_from_the_first_tenth_on() -> None:
     samples = [Sample(0.5, 1, 0.1), Sample(1.0, 5, 11.0), Sample(5.0, 50, 4.0), Sample(10.0, 99, None)]
     assert eta_error(samples) == pytest.approx(0.2)

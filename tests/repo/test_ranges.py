@@ -94,11 +94,14 @@ def test_the_part_that_is_wanted_is_estimated_from_the_upper_layers() -> None:
     tree = build(sorted(records.items()))
     known: dict[bytes, bytes] = {}
     plan = RangePlan(tree.root, ranges_of(["a.b.d"]), known)
-    for _ in range(3):
+    for _ in range(4):
         wanted = plan.missing(10_000)
-        known.update({cid: tree.nodes[cid] for cid in wanted})
+        known.update({cid: tree.nodes.get(cid, b"record") for cid in wanted})
         plan.advance(wanted)
+    top = {tree.root: tree.nodes[tree.root]}
+    assert not RangePlan(tree.root, ranges_of(["a.b.d"]), top).estimate().sure
     found = plan.estimate()
+    assert found.sure
     assert 200 < found.wanted < 1200
     assert 1000 < found.total < 16_000
     assert 0.04 < found.share < 0.4
