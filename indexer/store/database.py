@@ -50,6 +50,7 @@ class FormatVersion(NamedTuple):
 class _Opened(NamedTuple):
     rocks: Any
     give_back: Callable[[], None]  # to be called when it is closed
+    missing: frozenset[str]  # keyspaces that are not there and cannot be made
 
 
 class Database(Reads):
@@ -66,9 +67,13 @@ class Database(Reads):
         rocks_db = self._rocks = opened.rocks
         self._give_back = opened.give_back
         self._shared = shared
-        self._families = {name: rocks_db.get_column_family(name) for name in KEYSPACES}
+        # Looked at only, an older program's database lacks keyspaces: they are as empty as the default one.
+        places = {name: "default" if name in opened.missing else name for name in KEYSPACES}
+        self._families = {name: rocks_db.get_column_family(at) for name, at in places.items()}
         #: Column family handles for write batches; the writer's business.
-        self.handles: dict[str, Any] = {name: rocks_db.get_column_family_handle(name) for name in KEYSPACES}
+        self.handles: dict[str, Any] = {
+            name: rocks_db.get_column_family_handle(at) for name, at in places.items()
+        }
         self._closed = False
         self._busy = 0  # blocking calls under way, in threads
         self._calls = threading.Condition()
@@ -341,20 +346,25 @@ def _open_rocks(path: FilePath, shared: rocks.Budget, create: bool, read_only: b
         if read_only:
             view = View(path)
             undo.callback(view.close)
+            missing = KEYSPACES.keys() - rocksdict.Rdict.list_cf(str(view.folder))
             opened = _rocks_in(view.folder, shared, create=False, read_only=True)
         else:
             path.mkdir(parents=True, exist_ok=True)
+            missing = set()
             opened = _rocks_in(path, shared, create=create, read_only=False)
             undo.callback(forget_writer, note_writer(path))
-        return _Opened(opened, undo.pop_all().close)
+        return _Opened(opened, undo.pop_all().close, frozenset(missing))
 
 
 def _rocks_in(folder: FilePath, shared: rocks.Budget, *, create: bool, read_only: bool) -> Any:
     existing = rocksdict.Rdict.list_cf(str(folder)) if (folder / "CURRENT").exists() else []
+    families = rocks.all_families(shared, existing, create=create)
+    if read_only:
+        families = {name: families[name] for name in existing}
     access = rocksdict.AccessType.read_only(False) if read_only else rocksdict.AccessType.read_write()
     return rocksdict.Rdict(
         str(folder),
         rocks.database_options(shared, create=create),
-        column_families=rocks.all_families(shared, existing, create=create),
+        column_families=families,
         access_type=access,
     )

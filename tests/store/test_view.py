@@ -13,7 +13,9 @@ from indexer.daemon import Daemon
 from indexer.errors import StoreError, StoreLocked
 from indexer.store import view
 from indexer.store.backup import backup
+from indexer.store.check import check
 from indexer.store.database import Database
+from indexer.store.keyspaces import KEYSPACES, REFUSED, STRANGERS
 from indexer.store.restore import restore
 from indexer.store.view import View
 from tests.commands.test_db import call
@@ -150,3 +152,18 @@ def test_a_check_sees_damage_in_every_table(tmp_path: Path, capsys: Output) -> N
         assert table.name in told
         table.write_bytes(whole)
     assert call("db", "check", "--data-dir", tmp_path) == 0
+
+
+def test_the_database_of_a_program_that_had_fewer_keyspaces_is_looked_at_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        for keyspace in (REFUSED, STRANGERS):
+            patch.delitem(KEYSPACES, keyspace.name)
+        Database.open(tmp_path / "db").close()
+    with Database.open(tmp_path / "db", read_only=True) as db:
+        assert list(db.scan(STRANGERS)) == []
+        assert check(db).clean
+        assert db.stats()[REFUSED.name]["rows"] == 0
+    with Database.open(tmp_path / "db") as db:  # whoever may write adds them
+        assert STRANGERS.name in db.stats()
