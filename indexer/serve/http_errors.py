@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 import structlog
@@ -26,6 +26,7 @@ from indexer.errors import (
     StoreError,
 )
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
@@ -46,6 +47,13 @@ _HEADERS = {
     429: {"Retry-After": "1"},
     503: {"Retry-After": "1"},
 }
+
+
+def ready(part: T | None, otherwise: str) -> T:
+    """A part of the daemon that a request needs; `RequestError` (503) where it is not there."""
+    if part is None:
+        raise RequestError(otherwise, status=503, name="NotReady")
+    return part
 
 
 def json_response(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from aiohttp import web
 
-from indexer.atproto.syntax import check_did, check_tid
-from indexer.errors import RequestError, SyntaxInvalid
-from indexer.serve.http_errors import Terms, json_response, send_pieces
-from indexer.serve.xrpc.params import Params
+from indexer.atproto.syntax import check_tid
+from indexer.errors import RequestError
+from indexer.serve.http_errors import Terms, json_response, ready, send_pieces
+from indexer.serve.xrpc.params import Params, checked_did
 
 if TYPE_CHECKING:
-    from indexer.atproto.types import Did
     from indexer.serve.services import Services
     from indexer.store.archives import Archive, Archives
 
@@ -38,12 +37,12 @@ class ArchiveRoutes:
 
     async def listed(self, request: web.Request) -> web.StreamResponse:
         """What is archived of a repository, newest first."""
-        did = _did(request)
+        did = checked_did(request.match_info["did"])
         return json_response({"did": did, "archives": [_described(row) for row in self._archives.of(did)]})
 
     async def content(self, request: web.Request) -> web.StreamResponse:
         """The newest archived CAR, or that of a ``rev``."""
-        did, archives = _did(request), self._archives
+        did, archives = checked_did(request.match_info["did"]), self._archives
         rev = Params(request.query).optional("rev", check_tid)
         archive = next((row for row in archives.of(did) if rev in (None, row.rev)), None)
         if archive is None:
@@ -65,9 +64,7 @@ class ArchiveRoutes:
 
     @property
     def _archives(self) -> Archives:
-        if self._services.archives is None:
-            raise RequestError("no archive is open", status=503, name="NotReady")
-        return self._services.archives
+        return ready(self._services.archives, "no archive is open")
 
 
 async def _pieces(file: BinaryIO) -> AsyncGenerator[bytes, None]:
@@ -82,10 +79,3 @@ def _described(archive: Archive) -> dict[str, Any]:
         "bytes": archive.size,
         "sha256": archive.digest.hex(),
     }
-
-
-def _did(request: web.Request) -> Did:
-    try:
-        return check_did(request.match_info["did"])
-    except SyntaxInvalid as error:
-        raise RequestError(f"did: {error}") from error

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from indexer.config import CRAWLER_MODES
 from indexer.errors import RequestError
-from indexer.serve.http_errors import json_response
+from indexer.serve.http_errors import json_response, ready
 from indexer.serve.management_ingest import read_object, whole
 from indexer.serve.xrpc.params import Params
 
@@ -39,10 +39,7 @@ class CrawlerRoutes:
 
     @property
     def _crawler(self) -> CrawlerLike:
-        crawler = self._services.crawler
-        if crawler is None:
-            raise RequestError("the crawler does not run", status=503, name="NotReady")
-        return crawler
+        return ready(self._services.crawler, "the crawler does not run")
 
     async def list_sources(self, _request: web.Request) -> web.StreamResponse:
         """All sources with what they gave."""

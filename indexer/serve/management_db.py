@@ -17,7 +17,7 @@ from aiohttp import web
 
 from indexer.errors import RequestError, StoreError
 from indexer.serve import health
-from indexer.serve.http_errors import json_response
+from indexer.serve.http_errors import json_response, ready
 from indexer.store.backup import Backup, backup
 from indexer.store.database import Database
 from indexer.store.threads import in_thread
@@ -48,9 +48,7 @@ class DatabaseRoutes:
 
     async def checkpoint(self, _request: web.Request) -> web.StreamResponse:
         """Folds the reference log now, instead of at the next interval."""
-        worker = self._services.workers.get("checkpoint")
-        if worker is None:
-            raise RequestError("the checkpoint worker does not run", status=503, name="NotReady")
+        worker = ready(self._services.workers.get("checkpoint"), "the checkpoint worker does not run")
         report = await worker.run_once()
         return json_response({"report": health.plain(report)})
 

@@ -17,7 +17,7 @@ from aiohttp import web
 from indexer.errors import RequestError
 from indexer.ingest.controls import BACKFILL, CRAWLER, FIREHOSE, PARTS, change_paused, paused_parts
 from indexer.ingest.sources import MAX_SEQ, Sources
-from indexer.serve.http_errors import json_response
+from indexer.serve.http_errors import json_response, ready
 from indexer.serve.xrpc.params import Params
 
 if TYPE_CHECKING:
@@ -52,10 +52,7 @@ class IngestRoutes:
 
     @property
     def _sources(self) -> Sources:
-        ingest = self._services.ingest
-        if ingest is None:
-            raise RequestError("ingest does not run", status=503, name="NotReady")
-        return ingest.sources
+        return ready(self._services.ingest, "ingest does not run").sources
 
     # ---- upstreams
 

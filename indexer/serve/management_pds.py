@@ -13,7 +13,7 @@ from aiohttp import web
 from indexer.backfill.host_book import HostBook, HostInfo, host_name
 from indexer.backfill.tiers import Tier
 from indexer.errors import RequestError
-from indexer.serve.http_errors import json_response
+from indexer.serve.http_errors import json_response, ready
 from indexer.serve.management_ingest import read_object
 from indexer.serve.xrpc.params import Params
 
@@ -54,10 +54,7 @@ class PdsRoutes:
 
     @property
     def _book(self) -> HostBook:
-        book = self._services.hosts
-        if book is None:
-            raise RequestError("nothing is fetched here", status=503, name="NotReady")
-        return book
+        return ready(self._services.hosts, "nothing is fetched here")
 
     # ---- what is known
 

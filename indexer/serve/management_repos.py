@@ -21,7 +21,7 @@ from indexer.errors import IdentityGone, RequestError, SyntaxInvalid
 from indexer.identity.documents import web_url
 from indexer.serve.http_errors import Terms, json_response, send_pieces
 from indexer.serve.xrpc.access import is_resolved
-from indexer.serve.xrpc.params import Params
+from indexer.serve.xrpc.params import Params, checked_did
 from indexer.serve.xrpc.records import collection_counts
 from indexer.store.codecs import NEW_REPO, AccountStatus, RepoRow, SyncState, Work
 from indexer.store.keyspaces import REPOS
@@ -78,7 +78,7 @@ class RepoRoutes:
 
     async def show(self, request: web.Request) -> web.StreamResponse:
         """Everything known about one repository."""
-        did = _checked_did(request.match_info["did"])
+        did = checked_did(request.match_info["did"])
         db = self._services.db
         row = db.repo(did)
         if row is None:
@@ -243,14 +243,7 @@ def _did_of(item: object) -> Did:
     did = item.get("did") if isinstance(item, dict) else None
     if not isinstance(did, str):
         raise RequestError('every item of the body must be an object with a "did"')
-    return _checked_did(did)
-
-
-def _checked_did(text: str) -> Did:
-    try:
-        return check_did(text)
-    except SyntaxInvalid as error:
-        raise RequestError(f"did: {error}") from error
+    return checked_did(did)
 
 
 def _check_resolvable(did: Did, *, local: bool) -> None:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
-from indexer.atproto.syntax import check_did
-from indexer.errors import RequestError, SyntaxInvalid
 from indexer.ingest.audit import audit
 from indexer.serve.http_errors import json_response
 from indexer.serve.xrpc import access
+from indexer.serve.xrpc.params import checked_did
 
 if TYPE_CHECKING:
     from indexer.serve.services import Services
@@ -34,10 +33,7 @@ class VerifyRoutes:
         """What the audit finds; a mismatch is an answer, not an error."""
         services = self._services
         access.require_records(services)
-        try:
-            did = check_did(request.match_info["did"])
-        except SyntaxInvalid as error:
-            raise RequestError(f"did: {error}") from error
+        did = checked_did(request.match_info["did"])
         async with self._slots:
             found = await audit(
                 services.db, services.pool, did, max_records=services.settings.xrpc.rebuild_max_records

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from indexer.backfill.host_book import HostBook, HostInfo, host_name
 from indexer.errors import RequestError
-from indexer.serve.http_errors import json_response
+from indexer.serve.http_errors import json_response, ready
 from indexer.serve.xrpc.access import Context
 from indexer.serve.xrpc.params import Params
 
@@ -34,9 +34,7 @@ async def list_hosts(context: Context, params: Params, _request: web.Request) ->
 
 
 def _book(context: Context) -> HostBook:
-    if context.services.hosts is None:
-        raise RequestError("nothing is fetched here", status=503, name="NotReady")
-    return context.services.hosts
+    return ready(context.services.hosts, "nothing is fetched here")
 
 
 def _shown(info: HostInfo) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Protocol
 
+from indexer.atproto.syntax import check_did
+from indexer.atproto.types import Did
 from indexer.errors import RequestError, SyntaxInvalid
 
 Check = Callable[[str], str]
@@ -80,6 +82,14 @@ class Params:
         if len(items) > most:
             raise RequestError(f"parameter {name} takes at most {most} values")
         return [_checked(name, item, check) for item in items]
+
+
+def checked_did(text: str) -> Did:
+    """A DID in a path or a body; `RequestError` says what is wrong with it."""
+    try:
+        return check_did(text)
+    except SyntaxInvalid as error:
+        raise RequestError(f"did: {error}") from error
 
 
 def whole_number(name: str, text: str) -> int:
