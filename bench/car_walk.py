@@ -137,10 +137,10 @@ async def _pieces(file: Path) -> AsyncIterator[bytes]:
 
 
 def walk(data: bytes, hashes: bool) -> int:
-    """Every record's path and block in key order; returns the records' bytes."""
+    """Every record's path, CID and block in key order; returns the records' bytes."""
     total = 0
-    for _path, _cid, start, end in index_repo(data, verify_hashes=hashes).records:
-        total += len(data[start:end])
+    for _path, _cid, block in index_repo(data, verify_hashes=hashes).records.blocks():
+        total += len(block)
     return total
 
 

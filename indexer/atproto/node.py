@@ -178,16 +178,22 @@ def _layer_bounds(layer: int) -> tuple[bytes, bytes]:
 
 #: Digests of a layer's keys lie in [low, high).
 LAYER_BOUNDS: Final = tuple(_layer_bounds(layer) for layer in range(MAX_LAYER + 1))
+_DIGEST: Final = 32
+_ON_LAYER_0: Final = bytes(range(0x40, 0x100))  # how the digests of its keys begin
 
 
 def check_layer(keys: Sequence[bytes], layer: int) -> None:
     """Raise `MstError` unless every key belongs on ``layer``."""
     low, high = LAYER_BOUNDS[layer]
     digests = [sha256(key).digest() for key in keys]
-    if digests and (min(digests) < low or max(digests) >= high):
-        wrong = next(key for key in keys if key_layer(key) != layer)
+    if layer == 0:  # three keys of four: the first two bits tell
+        wrong = len(b"".join(digests)[::_DIGEST].translate(None, _ON_LAYER_0)) > 0
+    else:
+        wrong = bool(digests) and (min(digests) < low or max(digests) >= high)
+    if wrong:
+        stray = next(key for key in keys if key_layer(key) != layer)
         raise MstError(
-            f"key {shown(wrong)} of layer {key_layer(wrong)} is in a node of layer {layer}",
+            f"key {shown(stray)} of layer {key_layer(stray)} is in a node of layer {layer}",
             rule="wrong_depth",
         )
 

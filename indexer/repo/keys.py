@@ -9,7 +9,7 @@ from operator import lt
 
 from indexer.atproto.cid import CID_LENGTH
 from indexer.atproto.mst import check_path
-from indexer.atproto.node import shown, slashes
+from indexer.atproto.node import shown
 from indexer.atproto.syntax import MAX_RKEY
 from indexer.atproto.types import Path
 from indexer.errors import MstError
@@ -29,13 +29,16 @@ def are_cids(joined: bytes) -> bool:
 
 
 def check_keys(keys: Sequence[bytes]) -> list[Path]:
-    """The keys of a whole tree as paths, when they ascend and are all valid; `MstError` otherwise."""
+    """Keys that were read from nodes as paths, when they ascend and are all valid; `MstError` otherwise.
+
+    Reading a node checks that its keys have no other characters than keys may have.
+    """
     if not all(map(lt, keys, islice(keys, 1, None))):
         last, key = next(pair for pair in pairwise(keys) if pair[0] >= pair[1])
         raise MstError(f"key {shown(key)} does not come after {shown(last)}", rule="order")
     joined = b"\n".join(keys)
     paths = joined.decode("ascii").split("\n")
-    if slashes(joined) != b"/\n" * (len(keys) - 1) + b"/":
+    if joined.count(b"/") != len(keys):  # what lies together below begins with one name and a slash
         for path in paths:
             check_path(path, "")
     # Keys are sorted, so those of a collection lie together: one look at its name is enough, and the record

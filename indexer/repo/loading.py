@@ -6,25 +6,32 @@ cancellation empties the store. Event loop; calls of a blocking store go to a th
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from functools import partial
+from typing import Final, NamedTuple, TypeVar
 
 from indexer.atproto.car import CarSplitter, Limits
-from indexer.atproto.cid import format_cid
+from indexer.atproto.cid import CID_LENGTH, format_cid
 from indexer.atproto.commit import Commit
 from indexer.atproto.mst import TreeLimits
 from indexer.atproto.types import Cid, Did, DidKey
 from indexer.errors import CarError, DriveError, MissingBlock
-from indexer.repo.blocks import BlockStore, Keeping, MemoryBlocks, raw_block
+from indexer.repo.blocks import BlockStore, Keeping, MemoryBlocks
+from indexer.repo.collector import paused
+from indexer.repo.sections import TWO_BYTES, all_match, whole_sections
 from indexer.repo.source import CarReader, Clock
 from indexer.repo.tree_walk import Entry, TreeWalk
 from indexer.repo.walker import checked_commit
 from indexer.repo.walks import Span, StoreWalk, in_thread, translated
 
-#: Bytes that go to a store at once.
-_BATCH: Final = 1 << 20
+#: Bytes that are taken apart, and go to a store, at once.
+_PIECE: Final = 256 << 10
 #: Says why a block may be missing that the archive had.
 _HINT: Final = " (if it came before under another key, load the archive again with streaming=False)"
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,32 +64,25 @@ class Gathering:
         self.plan = plan
         self.root = root
         self.memory = MemoryBlocks()
+        #: Blocks of the archive that were read.
+        self.blocks = blocks
         self._reader = reader
-        self._splitter = CarSplitter(plan.limits, roots=(root,), offset=reader.offset, blocks=blocks)
+        self._splitter: CarSplitter | None = None
 
     async def to_memory(self) -> bool:
         """True when all is read, false when memory is full."""
-        async for piece in self._reader.pieces():
-            for cid, kept in self._kept(piece):
-                self.memory.put(cid, kept)
+        async for part in self._parts():
+            part.put(self.memory)
             if self.memory.size > self.plan.most:
                 return False
-        self._splitter.close()
         return True
 
     async def to_store(self, store: BlockStore) -> None:
         """Moves what memory holds, then reads the rest."""
-        for batch in self.memory.drain(_BATCH):
-            await _put(store, batch)
-        batch, size = [], 0
-        async for piece in self._reader.pieces():
-            batch += self._kept(piece)
-            size += len(piece)
-            if size >= _BATCH:
-                await _put(store, batch)
-                batch, size = [], 0
-        await _put(store, batch)
-        self._splitter.close()
+        for batch in self.memory.drain(_PIECE):
+            await _done(store, partial(store.put_many, batch))
+        async for part in self._parts():
+            await _done(store, partial(part.put, store))
 
     async def walk(self, store: BlockStore, resume: Resume | None) -> StoreWalk:
         """The walk over what was gathered; checks the commit when no walk has begun."""
@@ -90,32 +90,95 @@ class Gathering:
         if resume is not None:
             return StoreWalk(
                 resume.commit, plan.clock, store, plan.keeping, plan.tree_limits,
-                walk=resume.walk, due=resume.due, span=resume.span, hint=_HINT,
+                walk=resume.walk, due=resume.due, span=resume.span, hint=_HINT, blocks=self.blocks,
             )  # fmt: skip
-        kept = (await _get(store, self.root))[0]
+        kept = (await _done(store, lambda: store.get_many([self.root])))[0]
         if kept is None:
             raise MissingBlock(f"the commit {format_cid(self.root)} is missing", cid=self.root)
-        commit = checked_commit(self.root, raw_block(kept), plan.did, plan.key)
-        return StoreWalk(commit, plan.clock, store, plan.keeping, plan.tree_limits)
+        commit = checked_commit(self.root, plan.keeping.raw(kept), plan.did, plan.key)
+        return StoreWalk(commit, plan.clock, store, plan.keeping, plan.tree_limits, blocks=self.blocks)
 
     async def close(self) -> None:
+        """Lets memory and source go."""
         self.memory.reset()
         await self._reader.close()
 
-    def _kept(self, piece: bytes) -> list[tuple[Cid, bytes]]:
-        keep, root = self.plan.keeping.keep, self.root
-        return [(cid, keep(block, raw=cid == root)) for cid, block in self._splitter.feed(piece)]
+    async def _parts(self) -> AsyncIterator[_Part]:
+        """The blocks that follow, many at a time. May be left and begun again."""
+        while self._splitter is None:
+            with paused():
+                part = self._many() if self._reader.left else None
+            if part is not None:
+                yield part
+            elif self._splitter is None and not await self._reader.grow(_PIECE):
+                if not self._reader.left:
+                    return
+                self._judge()
+        async for piece in self._reader.pieces():
+            pairs = self._splitter.feed(piece)
+            self.blocks = self._splitter.blocks
+            if pairs:
+                yield self._kept([cid for cid, _block in pairs], [block for _cid, block in pairs])
+        self._splitter.close()
+
+    def _many(self) -> _Part | None:
+        """What lies whole in what was read, None when that is less than a section. Whatever is not as it
+        should be is left to the splitter, which says what is wrong."""
+        reader, limits = self._reader, self.plan.limits
+        data = reader.data
+        stop = min(reader.at + _PIECE, len(data))
+        largest = limits.max_block + CID_LENGTH
+        found = whole_sections(data, reader.at, stop, largest) if largest > TWO_BYTES else None
+        if found is not None and self.blocks + len(found.cids) <= limits.max_blocks:
+            blocks = [data[start:end] for start, end in zip(found.starts, found.ends, strict=True)]
+            if all_match(found.cids, blocks):
+                reader.at = found.end
+                self.blocks += len(blocks)
+                if self.plan.keeping.plain:
+                    return (
+                        _Part(found.cids, blocks, Where(data, found.starts, found.ends)) if blocks else None
+                    )
+                return self._kept(found.cids, blocks) if blocks else None
+        self._judge()
+        return None
+
+    def _judge(self) -> None:
+        """From here on one section after the other."""
+        limits, offset = self.plan.limits, self._reader.offset
+        self._splitter = CarSplitter(limits, roots=(self.root,), offset=offset, blocks=self.blocks)
+
+    def _kept(self, cids: list[Cid], blocks: list[bytes]) -> _Part:
+        with paused():
+            return _Part(cids, self.plan.keeping.keep(cids, blocks, self.root))
 
 
-async def _put(store: BlockStore, batch: list[tuple[Cid, bytes]]) -> None:
-    if store.blocking:
-        await in_thread(lambda: store.put_many(batch))
-    else:
-        store.put_many(batch)
+class Where(NamedTuple):
+    """The bytes that blocks were cut out of, each behind its CID, and where they lay."""
+
+    data: bytes
+    starts: list[int]
+    ends: list[int]
 
 
-async def _get(store: BlockStore, cid: Cid) -> list[bytes | None]:
-    return await in_thread(lambda: store.get_many([cid])) if store.blocking else store.get_many([cid])
+class _Part(NamedTuple):
+    """Blocks of an archive, as they are to be kept."""
+
+    cids: list[Cid]
+    kept: Sequence[bytes]
+    where: Where | None = None
+
+    def put(self, store: BlockStore) -> None:
+        with paused():
+            if self.where is not None and store.blocking:
+                data, starts, ends = self.where
+                store.put_sections(data, self.cids, starts, ends)
+            else:
+                store.put_many(list(zip(self.cids, self.kept, strict=True)))
+
+
+async def _done(store: BlockStore, work: Callable[[], T]) -> T:
+    """A call of the store, on a thread where it blocks."""
+    return await in_thread(work) if store.blocking else work()
 
 
 class NeedDisk:

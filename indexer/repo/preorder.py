@@ -14,47 +14,23 @@ compares, and that fit the processor's cache.
 
 from __future__ import annotations
 
-import re
 from hashlib import sha256
 from mmap import mmap
 from typing import Any, Final, NamedTuple
 
 from indexer.atproto.car import Limits, read_varint
-from indexer.atproto.cid import CID_LENGTH
+from indexer.atproto.cid import CID_LENGTH, DAG_CBOR_PREFIX
 from indexer.atproto.mst import TreeLimits
-from indexer.atproto.node import (
-    COUNT_HEADS,
-    MAX_ENTRIES,
-    MAX_NODE_BYTES,
-    NODE_LINK,
-    NODE_START,
-    SHARED,
-    SUFFIX_HEADS,
-    check_layer,
-    key_layer,
-)
+from indexer.atproto.node import NODE_START, check_layer, key_layer
 from indexer.atproto.types import Cid, Path
 from indexer.errors import CarError, MstError
 from indexer.repo.keys import are_cids, check_keys
+from indexer.repo.nodes import Nodes, split_nodes
+from indexer.repo.sections import TWO_BYTES
 
 #: Bytes of archive that are worth a window: more than a hundred records, less than a processor's cache.
 WINDOW: Final = 96 << 10
-#: A section whose length takes two bytes needs no comparison with this limit, and nearly all are such.
-_TWO_BYTES: Final = 1 << 14
-
-_split: Final = re.compile(
-    rb"\xa4ak([\x40-\x57]|\x58.|\x59..)([a-zA-Z0-9._~:/-]{1,830})ap([\x00-\x17]|\x18.|\x19..)at"
-    rb"(?:\xf6|\xd8\x2a\x58\x25\x00(\x01\x71\x12\x20.{32}))av\xd8\x2a\x58\x25\x00(\x01[\x71\x55]\x12\x20.{32})",
-    re.DOTALL,
-).split
-_PARTS: Final = 6  # what lies between two entries, and an entry's five groups
-#: How a node with so many entries begins.
-_STARTS: Final = [NODE_START + head for head in COUNT_HEADS]
 _MAP_OF_TWO: Final = NODE_START[0]
-#: Instead of the first entry's prefix, which is always 0: its key is compared with nothing.
-_FIRST: Final = b"first"
-_LENGTHS: Final = {head: length for length, head in enumerate(SUFFIX_HEADS)}
-_SHARED: Final = {**SHARED, _FIRST: -1}
 
 #: keys, values, children (one more), number of the child that was entered last
 Frame = list[Any]
@@ -105,7 +81,7 @@ class Preorder:
 
     def window(self, data: bytes | mmap, at: int, stop: int) -> Taken | None:
         """Takes the whole sections that begin in [at, stop); None when they are not as they should be."""
-        if self._limits.max_block < _TWO_BYTES:
+        if self._limits.max_block < TWO_BYTES:
             return None
         try:
             found = _sections(data, at, stop, self._limits.max_block + CID_LENGTH, self._verify)
@@ -137,9 +113,9 @@ class Preorder:
         return Taken(found.end, [], [], [])
 
     def _tree(self, found: _Sections) -> Taken | None:
-        if max(map(len, found.nodes), default=0) > min(MAX_NODE_BYTES, self._tree_limits.max_node_bytes):
+        if max(map(len, found.nodes), default=0) > self._tree_limits.max_node_bytes:
             return None
-        split = _split_nodes(found.nodes)
+        split = split_nodes(found.nodes)
         if split is None:
             return None
         place = _Place(self._want, [frame.copy() for frame in self._stack], self._layer, list(self._order))
@@ -220,78 +196,14 @@ def _sections(data: bytes | mmap, at: int, stop: int, largest: int, verify: bool
         else:
             nodes.pop()
         del digests[len(cids) :]
-    if verify and not all(map(bytes.endswith, cids, digests)):
+    # Of CIDs with another codec the prefix differs.
+    if (
+        digests
+        and DAG_CBOR_PREFIX + DAG_CBOR_PREFIX.join(digests) != b"".join(cids)
+        and not (all(map(bytes.endswith, cids, digests)))
+    ):
         return None
     return _Sections(at, cids, nodes, starts, ends)
-
-
-class _Nodes(NamedTuple):
-    """The entries of all nodes of a window, and of each node (number of entries, child before the first)."""
-
-    keys: list[bytes]
-    values: list[Cid]
-    kids: list[Cid | None]  # behind each key
-    nodes: list[tuple[int, Cid | None]]
-
-
-def _split_nodes(blocks: list[bytes]) -> _Nodes | None:
-    """`node.split_node` for many; None when one is not canonical."""
-    flat: list[Any] = []
-    nodes: list[tuple[int, Cid | None]] = []
-    filled = 0
-    split, starts, first = _split, _STARTS, _FIRST
-    for block in blocks:
-        parts: list[Any] = split(block)
-        rest = parts.pop()
-        count = len(parts) // _PARTS
-        if count:
-            if count > MAX_ENTRIES or parts[0] != starts[count] or parts[3] != b"\0":
-                return None
-            parts[3] = first
-            flat += parts
-            filled += 1
-        elif block.startswith(starts[0]):
-            rest = block[len(starts[0]) :]
-        else:
-            return None
-        if rest == b"al\xf6":
-            nodes.append((count, None))
-        elif len(rest) == 43 and rest.startswith(b"al" + NODE_LINK):
-            nodes.append((count, rest[7:]))
-        else:
-            return None
-    between = flat[0::_PARTS]  # each node's start is there; between two entries there must be nothing
-    suffixes = flat[2::_PARTS]
-    if len(between) - between.count(b"") != filled:
-        return None
-    if list(map(_LENGTHS.get, flat[1::_PARTS])) != list(map(len, suffixes)):
-        return None
-    keys = _keys(suffixes, flat[3::_PARTS])
-    return None if keys is None else _Nodes(keys, flat[5::_PARTS], flat[4::_PARTS], nodes)
-
-
-def _keys(suffixes: list[bytes], prefixes: list[bytes]) -> list[bytes] | None:
-    """The keys, each but a node's first put together from the one before; None when one does not ascend, or
-    could share more."""
-    keys: list[bytes] = []
-    add = keys.append
-    last = b""
-    try:
-        for suffix, shared in zip(suffixes, map(_SHARED.__getitem__, prefixes), strict=True):
-            if shared < 0:
-                last = suffix
-            elif shared < len(last):
-                if suffix[0] <= last[shared]:
-                    return None
-                last = last[:shared] + suffix
-            elif shared == len(last):
-                last += suffix
-            else:
-                return None
-            add(last)
-    except KeyError:
-        return None
-    return keys
 
 
 class _Place:
@@ -307,18 +219,18 @@ class _Place:
         self.keys: list[bytes] = []
         self.layers: list[list[bytes]] = [[] for _ in range(layer + 1)]
 
-    def run(self, found: _Nodes) -> bool:
+    def run(self, found: Nodes) -> bool:
         """False when a node is out of place."""
-        keys, values, kids, nodes = found
-        if self.layer < 0 and nodes:
-            if not nodes[0][0]:
+        keys, values, kids, counts, lefts = found
+        if self.layer < 0 and counts:
+            if not counts[0]:
                 return False
             self.layer = key_layer(keys[0])  # the root comes first
             self.layers = [[] for _ in range(self.layer + 1)]
         stack, order, passed = self.stack, self.order, self.keys
         bottom = self.layers[0] if self.layers else []
         at = entered = 0
-        for count, left in nodes:
+        for count, left in zip(counts, lefts, strict=True):
             if self.want is None:
                 return False
             order.append(self.want)

@@ -73,6 +73,10 @@ class Records(Sequence[Row]):
         rows = chain.from_iterable(map(self._rows, islice(self._runs, run, None)))
         return islice(rows, number - self._firsts[run] if self._firsts else 0, None)
 
+    def blocks(self) -> Iterator[tuple[Path, Cid, bytes]]:
+        """(path, CID, block) of every record in key order."""
+        return chain.from_iterable(map(self._blocks, self._runs))
+
     def place(self, path: Path) -> int:
         """The number of the first record whose path is not below ``path``."""
         low, high = 0, len(self._runs)
@@ -97,6 +101,13 @@ class Records(Sequence[Row]):
     __hash__ = None  # type: ignore[assignment]
 
     def _rows(self, run: Run) -> Iterator[Row]:
-        buffer, starts = self._buffer, run.starts
-        cids = [buffer[start - CID_LENGTH : start] for start in starts]
-        return zip(run.paths.split("\n"), cids, starts, run.ends, strict=True)
+        return zip(run.paths.split("\n"), self._cids(run), run.starts, run.ends, strict=True)
+
+    def _blocks(self, run: Run) -> Iterator[tuple[Path, Cid, bytes]]:
+        buffer = self._buffer
+        blocks = [buffer[start:end] for start, end in zip(run.starts, run.ends, strict=True)]
+        return zip(run.paths.split("\n"), self._cids(run), blocks, strict=True)
+
+    def _cids(self, run: Run) -> list[Cid]:
+        buffer = self._buffer
+        return [buffer[start - CID_LENGTH : start] for start in run.starts]

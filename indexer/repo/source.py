@@ -96,6 +96,12 @@ class CarReader:
                 raise CarError(f"CAR of more than {self._max_bytes} bytes", reason="car_size")
         self.data = b"".join(parts)
 
+    async def grow(self, more: int) -> bool:
+        """Reads up to so many bytes beside those that are left to consume; false when there are none."""
+        had = self.left
+        await self.fill(had + more)
+        return self.left > had
+
     async def pieces(self) -> AsyncIterator[bytes]:
         """Everything that was not consumed, in pieces."""
         while True:

@@ -16,6 +16,7 @@ from indexer.atproto.commit import Commit
 from indexer.atproto.types import Cid, Path
 from indexer.errors import OrderLost
 from indexer.repo.blocks import BLOCK_OVERHEAD, Output
+from indexer.repo.collector import paused
 from indexer.repo.loading import Gathering, NeedDisk, Plan, Resume
 from indexer.repo.preorder import WINDOW, Preorder, Taken
 from indexer.repo.source import CarReader
@@ -144,7 +145,7 @@ class StreamWalk(RecordWalk):
         if self._order.done and not reader.left:
             self._finished = True
             return
-        if self._take(reader.at + WINDOW) and (reader.offset > before or await self._grew()):
+        if self._take(reader.at + WINDOW) and (reader.offset > before or await reader.grow(WINDOW)):
             return
         # One section after the other, up to the one that is out of order.
         while self._take(reader.at + 1) and reader.offset > before:
@@ -152,19 +153,14 @@ class StreamWalk(RecordWalk):
         if not self._recall():
             await self._leave_order()
 
-    async def _grew(self) -> bool:
-        """Reads more of a section that the window does not hold; false when there is no more."""
-        had = self._reader.left
-        await self._reader.fill(had + WINDOW)
-        return self._reader.left > had
-
     def _take(self, stop: int) -> bool:
         """Walks what begins before ``stop``; false when it is out of order, and nothing has changed then."""
         reader = self._reader
-        taken = self._order.window(reader.data, reader.at, min(stop, len(reader.data)))
-        if taken is None:
-            return False
-        self._give_out(taken)
+        with paused():
+            taken = self._order.window(reader.data, reader.at, min(stop, len(reader.data)))
+            if taken is None:
+                return False
+            self._give_out(taken)
         reader.at = taken.end
         return True
 

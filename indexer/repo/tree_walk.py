@@ -90,6 +90,26 @@ class TreeWalk:
         self._enter(cid, block)
         return self._advance()
 
+    @property
+    def layer(self) -> int:
+        """The layer of the node that is wanted; -1 when that is the root, whose layer nothing tells."""
+        return self._layer - len(self._stack) if self._stack else -1
+
+    @property
+    def bounded(self) -> bool:
+        """Whether only a part of the tree is walked."""
+        return bool(self._start) or self._stop is not None or self._floor >= 0
+
+    def skip(self, first: bytes, last: bytes, size: int) -> list[Entry]:
+        """Passes the subtree of the wanted node, found good: its records have keys from ``first`` to
+        ``last``, and with its nodes they are ``size``. Gives the records behind it, up to the next node."""
+        bounds = _below(self._stack[-1], self._bounds[-1])
+        if first <= bounds.low or last >= bounds.high:
+            raise MstError("a subtree has keys outside of its parent's bounds", rule="order")
+        self._seen += size
+        self._limits.check_size(self._seen)
+        return self._passed()
+
     def _enter(self, cid: Cid, block: bytes) -> None:
         self._limits.check_node(cid, len(block))
         try:
@@ -116,11 +136,15 @@ class TreeWalk:
 
     def _advance(self) -> list[Entry]:
         """Passes records until a child is to be entered. A frame's number is of the child entered last."""
-        out: list[Entry] = []
-        keys, _values, kids, index = self._stack[-1]
+        _keys, _values, kids, index = self._stack[-1]
         if kids[index] is not None:
             self._descend(kids[index])
-            return out
+            return []
+        return self._passed()
+
+    def _passed(self) -> list[Entry]:
+        """Goes on behind the child entered last."""
+        out: list[Entry] = []
         while self._stack:
             keys, values, kids, index = frame = self._stack[-1]
             for number in range(index, len(keys)):

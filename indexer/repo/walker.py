@@ -15,7 +15,6 @@ Where the time goes when blocks lie in any order (big24k.car, 7.4 MiB, 23,699 re
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from indexer.atproto.node import (
 )
 from indexer.atproto.types import Cid, Did, DidKey, Path
 from indexer.errors import CarError, CommitError, MissingBlock, MstError
+from indexer.repo.collector import paused
 from indexer.repo.keys import are_cids, check_keys
 from indexer.repo.preorder import WINDOW, Preorder
 from indexer.repo.records import Records
@@ -91,14 +91,8 @@ def index_repo(
     commit names is absent, which is what a cut archive looks like: worth another fetch.
     ``verify_hashes`` may be off where the blocks were hashed on arrival; else nothing here is proven.
     """
-    # Nothing made here is garbage until the end; the collector would only search what is alive.
-    pause = gc.isenabled()
-    gc.disable()
-    try:
+    with paused():
         return _index(_sliceable(buffer), did, key, limits, tree_limits, verify_hashes)
-    finally:
-        if pause:
-            gc.enable()
 
 
 def _index(
@@ -377,9 +371,7 @@ def load_repo(
 
 def walk_records(repo: Repo) -> Iterator[tuple[Path, Cid, bytes]]:
     """(path, CID, block) of every record in key order."""
-    buffer = repo.buffer
-    for path, cid, start, end in repo.index.records:
-        yield path, cid, buffer[start:end]
+    return repo.index.records.blocks()
 
 
 def walk_chunks(repo: Repo, size: int) -> Iterator[list[tuple[Path, Cid, bytes]]]:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import contextmanager
 from itertools import islice
 from operator import itemgetter
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 from indexer.atproto.cid import format_cid
 from indexer.atproto.commit import Commit
@@ -32,9 +32,11 @@ from indexer.errors import (
     SignatureInvalid,
     StoreError,
 )
-from indexer.repo.blocks import BlockStore, Keeping, Output, raw_block
+from indexer.repo.blocks import BlockStore, Keeping, Output
+from indexer.repo.collector import paused
 from indexer.repo.records import Records, Row
 from indexer.repo.source import Clock
+from indexer.repo.subtrees import HIGHEST, take_subtree
 from indexer.repo.tree_walk import Entry, TreeWalk
 
 #: A character above all that a path may hold: what begins with a prefix lies between it and it with this.
@@ -206,9 +208,11 @@ class StoreWalk(RecordWalk):
     def __init__(
         self, commit: Commit, clock: Clock, store: BlockStore, keeping: Keeping, limits: TreeLimits,
         walk: TreeWalk | None = None, due: Sequence[Entry] = (), span: Span | None = None, hint: str = "",
+        blocks: int = 0,
     ) -> None:  # fmt: skip
         """``walk`` and ``due``: where a walk goes on that began as a stream; it only goes forward."""
         super().__init__(commit, clock)
+        self._blocks = blocks
         self._store = store
         self._keeping = keeping
         self._limits = limits
@@ -225,29 +229,45 @@ class StoreWalk(RecordWalk):
         return self._step(size)
 
     def _step(self, size: int) -> list[Output]:
+        with paused():
+            return self._next(size)
+
+    def _next(self, size: int) -> list[Output]:
         due = self._due
         while len(due) < size and self._walk.want is not None and not self._span.ends(due):
-            due += filter(self._span.begins, self._walk.take(self._node(self._walk.want)))
+            due += filter(self._span.begins, self._more(self._walk.want))
         count = self._span.leading(due, size)
         entries, self._due = due[:count], due[count:]
         self._span = self._span.behind(entries)
-        kept = self._store.get_many([cid for _path, cid in entries])
-        record = self._keeping.record
-        out = []
-        for (path, cid), block in zip(entries, kept, strict=True):
-            if block is None:
-                raise MissingBlock(f"record {path} ({format_cid(cid)}) is missing{self._hint}", cid=cid)
-            out.append(record(path, cid, block))
-        return out
+        paths, cids = [entry[0] for entry in entries], [entry[1] for entry in entries]
+        kept = self._store.get_many(cids)
+        if None in kept:
+            path, cid = entries[kept.index(None)]
+            raise MissingBlock(f"record {path} ({format_cid(cid)}) is missing{self._hint}", cid=cid)
+        return self._keeping.records(paths, cids, cast("list[bytes]", kept))
+
+    def _more(self, cid: Cid) -> list[Entry]:
+        """The next records: of the whole subtree where that is possible, else up to the next node."""
+        walk = self._walk
+        if not walk.bounded and 0 < walk.layer <= HIGHEST:
+            found = take_subtree(cid, walk.layer, self._nodes, self._limits)
+            if found is not None:
+                entries = list(zip(found.paths, found.values, strict=True))
+                return entries + walk.skip(found.keys[0], found.keys[-1], found.size)
+        return walk.take(self._node(cid))
+
+    def _nodes(self, cids: Sequence[Cid]) -> list[bytes | None]:
+        raw = self._keeping.raw
+        return [None if kept is None else raw(kept) for kept in self._store.get_many(cids)]
 
     def _node(self, cid: Cid) -> bytes:
         if cid not in self._ahead:
             cids = self._walk.upcoming(_AHEAD)
-            self._ahead = dict(zip(cids, self._store.get_many(cids), strict=True))
-        kept = self._ahead.pop(cid)
-        if kept is None:
+            self._ahead = dict(zip(cids, self._nodes(cids), strict=True))
+        block = self._ahead.pop(cid)
+        if block is None:
             raise MissingBlock(f"{describe(cid)} is missing{self._hint}", cid=cid)
-        return raw_block(kept)
+        return block
 
     async def _seek(self, start: Path, stop: Path | None) -> None:
         if self._resumed:

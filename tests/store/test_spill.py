@@ -40,8 +40,9 @@ def test_it_is_bounded(tmp_path: Path) -> None:
         with pytest.raises(DiskError, match="max_stored_mb") as caught:
             store.put_many(BLOCKS[20:])
         assert caught.value.reason == "spill_full"
-    with pytest.raises(ValueError, match="cache_mb is 0"):
-        DiskBuilder(cache_mb=0)
+    for cache, most in ((0, 1.0), (1, -1.0), (1, float(1 << 20))):
+        with pytest.raises(ValueError, match=f"cache_mb is {cache}"):
+            DiskBuilder(cache_mb=cache, max_stored_mb=most)
 
 
 def test_a_folder_with_other_content_is_left_alone(tmp_path: Path) -> None:
@@ -61,15 +62,19 @@ def test_what_a_killed_process_left_is_destroyed(tmp_path: Path) -> None:
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "spill")], cwd=root, check=False)
     assert done.returncode == 9
-    assert (tmp_path / "spill").exists()
+    assert [each.name for each in (tmp_path / "spill").iterdir()] == ["SPILL"], "its blocks are on the disk"
+    left = tmp_path / "spill" / "blocks"
+    left.mkdir()
+    (left / "000001.sst").write_bytes(b"of an older version")
     with DiskBuilder(cache_mb=1).open(tmp_path / "spill") as store:
+        assert not left.exists()
         assert store.get_many([b"k" * 36]) == [None]
 
 
 def test_a_folder_in_use_is_refused_and_stays_whole(tmp_path: Path) -> None:
     with DiskBuilder(cache_mb=1).open(tmp_path / "spill") as store:
         store.put_many(BLOCKS)
-        with pytest.raises(DiskError):
+        with pytest.raises(DiskError, match="another store has it"):
             DiskBuilder(cache_mb=1).open(tmp_path / "spill")
         assert store.get_many([BLOCKS[9][0]]) == [BLOCKS[9][1]]
 
