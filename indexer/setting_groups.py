@@ -215,6 +215,9 @@ class BackfillSettings(Section):
         [], description="`http://host:port` proxies that fetches go through, in turn; empty: none"
     )
     proxy_rest: Duration = Field(300.0, gt=0, description="longest rest of a proxy that fails")
+    memory_kib: int = Field(
+        512, ge=0, description="largest CAR kept in memory; a larger one, and one to archive, is spooled"
+    )
     verify_mib: int = Field(
         16, ge=1, le=1024, description="largest CAR verified in memory; a larger one is read in windows"
     )

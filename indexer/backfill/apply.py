@@ -43,8 +43,8 @@ class Plan:
     did: Did
     epoch: int
     verified: Verified
-    car: FilePath
-    index: FilePath
+    car: FilePath | bytes
+    index: FilePath | bytes
     wants: WantsCollection | None  # None: every collection
     identity: Identity
     asked: Asked | None  # None: the CAR is not from the account's own PDS
@@ -84,17 +84,19 @@ async def apply_repo(db: Database, writer: Writer, plan: Plan, bounds: Bounds) -
 
 
 class CarBlocks:
-    """Blocks out of a CAR file, those that lie together with one read: a mapped file would count as memory
-    as far as it was touched. A context manager."""
+    """Blocks out of a CAR, of a file those that lie together with one read: a mapped file would count as
+    memory as far as it was touched. A context manager."""
 
-    def __init__(self, car: FilePath) -> None:
-        self._file = car.open("rb", buffering=0)
+    def __init__(self, car: FilePath | bytes) -> None:
+        self._held = car if isinstance(car, bytes) else b""
+        self._file = None if isinstance(car, bytes) else car.open("rb", buffering=0)
 
     def __enter__(self) -> CarBlocks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def read(self, entries: Sequence[IndexEntry]) -> list[NewRecord]:
         """The records; an oversize one without its block, which is not stored."""
@@ -115,7 +117,10 @@ class CarBlocks:
         return records
 
     def _bytes(self, start: int, end: int) -> bytes:
-        data = os.pread(self._file.fileno(), end - start, start)
+        if self._file is None:
+            data = self._held[start:end]
+        else:
+            data = os.pread(self._file.fileno(), end - start, start)
         if len(data) < end - start:
             raise FetchError(f"the spooled CAR ends before offset {end}", reason="spool")
         return data

@@ -1,4 +1,4 @@
-"""One `getRepo` into a file, within limits.
+"""One `getRepo` into memory or a file, within limits.
 
 Owns the spool folder, the meaning of a host's answers, and the limits of a download: bytes as sent and as
 unpacked, total time, mean throughput, the shared budget. Leaves out which host to ask and when to ask
@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
 import orjson
@@ -45,10 +45,10 @@ class Part(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """A CAR on disk. ``allowance`` is what the host of ``url``, where redirects ended, says of its limits;
-    ``part`` is None where the CAR is to hold the whole repository."""
+    """A CAR: its bytes, or where it was spooled. ``allowance`` is what the host of ``url``, where redirects
+    ended, says of its limits; ``part`` is None where the CAR is to hold the whole repository."""
 
-    path: Path
+    car: Path | bytes
     size: int
     allowance: Allowance | None
     url: str
@@ -107,9 +107,16 @@ class Deadline:
 
 
 async def fetch_repo(
-    http: HttpClient, origin: str, did: Did, path: Path, share: Share, settings: BackfillSettings
+    http: HttpClient,
+    origin: str,
+    did: Did,
+    path: Path,
+    share: Share,
+    settings: BackfillSettings,
+    *,
+    in_memory: int = 0,
 ) -> Fetched:
-    """Writes the repository that ``origin`` serves to ``path``.
+    """The repository that ``origin`` serves; one of more than ``in_memory`` bytes goes to ``path``.
 
     Raises `FetchRefused` for the host's word about the account, `FetchTransient` for everything that a
     later try may cure. The caller removes the file, also after an error.
@@ -129,7 +136,9 @@ async def fetch_repo(
             served = response.url
             if response.status != 200:
                 await refuse(response, origin)
-            await _spool(response.chunks, path, share, deadline, timer, settings.max_mib_per_s * (1 << 20))
+            fastest = settings.max_mib_per_s * (1 << 20)
+            with Intake(path, in_memory) as intake:
+                await _take(response.chunks, intake, share, deadline, timer, fastest)
             allowance = allowance_of(response.headers, time.time())
     except TimeoutError as error:
         reason = "timeout" if deadline.over_total(now()) else "slow"
@@ -139,12 +148,44 @@ async def fetch_repo(
         raise FetchError(f"cannot spool a repository: {error}", reason="spool") from error
     finally:
         share.waits(None)
-    return Fetched(path, share.size, allowance, served)
+    return Fetched(intake.car(), share.size, allowance, served)
 
 
-async def _spool(
+class Intake:
+    """A CAR as it comes: kept up to ``most`` bytes, from there on spooled to ``path``. A context manager."""
+
+    def __init__(self, path: Path, most: int) -> None:
+        self._path = path
+        self._most = most
+        self._held: list[bytes] = []
+        self._size = 0
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Intake:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, chunk: bytes) -> None:
+        self._size += len(chunk)
+        if self._file is None:
+            self._held.append(chunk)
+            if self._size <= self._most:
+                return
+            self._file = self._path.open("wb")
+            chunk, self._held = b"".join(self._held), []
+        self._file.write(chunk)
+
+    def car(self) -> Path | bytes:
+        """All that came."""
+        return b"".join(self._held) if self._file is None else self._path
+
+
+async def _take(
     chunks: AsyncIterator[bytes],
-    path: Path,
+    intake: Intake,
     share: Share,
     deadline: Deadline,
     timer: asyncio.Timeout,
@@ -153,20 +194,19 @@ async def _spool(
     """``fastest``: bytes a second, so that a host that sends all it can leaves the loop to the others."""
     now = asyncio.get_running_loop().time
     begun = now()
-    with path.open("wb") as file:
-        async for chunk in chunks:
-            file.write(chunk)
-            grows = share.add(len(chunk))
-            early = share.size / fastest - (now() - begun)
-            if not grows or early > _LEAST_PAUSE_S:
-                timer.reschedule(None)
-                paused = now()
-                share.waits(None)
-                await share.room()
-                await asyncio.sleep(max(0.0, early))
-                deadline.started += now() - paused
-            share.waits(now())
-            timer.reschedule(deadline.at(share.size))
+    async for chunk in chunks:
+        intake.write(chunk)
+        grows = share.add(len(chunk))
+        early = share.size / fastest - (now() - begun)
+        if not grows or early > _LEAST_PAUSE_S:
+            timer.reschedule(None)
+            paused = now()
+            share.waits(None)
+            await share.room()
+            await asyncio.sleep(max(0.0, early))
+            deadline.started += now() - paused
+        share.waits(now())
+        timer.reschedule(deadline.at(share.size))
 
 
 async def refuse(response: StreamResponse, origin: str) -> None:

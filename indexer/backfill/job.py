@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import NamedTuple
 
 import structlog
@@ -96,6 +97,7 @@ class Obtained(NamedTuple):
     identity: Identity
     asked: Asked | None  # of its own PDS; None when another host served it
     mark: str
+    car: FilePath | bytes
     part: Part | None  # None: the whole repository
 
 
@@ -107,6 +109,7 @@ class Job:
         self._did = did
         self._car = tools.spool.new()
         self._epoch: int | None = None  # from the claim on
+        self._spooled = False  # there may be files
         self._held = ""  # the host whose slot was taken ahead of the fetch
         self._parsed: Share
 
@@ -128,7 +131,8 @@ class Job:
             log.exception("backfill_broke", did=self._did)
             await self._fail(IndexerError("the backfill broke; the log tells why", reason="internal"))
         finally:
-            self._tools.spool.remove(self._car)
+            if self._spooled:
+                self._tools.spool.remove(self._car)
         return None
 
     async def _backfill(self, row: RepoRow) -> str | None:
@@ -211,18 +215,19 @@ class Job:
         tools.stats.fetched(fetched.size)
         await self._parsed.take(fetched.size)
         share.shrink()
-        verified = await self._verified(host_of(fetched.url), identity, fetched.part)
+        verified = await self._verified(fetched, identity)
         newest = time.time() + tools.settings.ingest.max_future
         if tid_micros(verified.rev) > newest * 1e6:
             raise CommitError(f"rev {verified.rev} lies in the future", reason="future_rev")
-        return Obtained(verified, identity, asked, self._check_rev(verified), fetched.part)
+        return Obtained(verified, identity, asked, self._check_rev(verified), fetched.car, fetched.part)
 
-    async def _verified(self, host: str, identity: Identity, part: Part | None) -> Verified:
+    async def _verified(self, fetched: Fetched, identity: Identity) -> Verified:
         """What is in the CAR. A host that serves one wrong repository after the other is left alone."""
         tools, limits = self._tools, self._tools.settings.backfill
+        host, part = host_of(fetched.url), fetched.part
         try:
             verified = await tools.pool.run(
-                verify_car, self._car, Spool.index_path(self._car), self._did, identity.signing_key,
+                verify_car, fetched.car, Spool.index_path(self._car), self._did, identity.signing_key,
                 limits.max_nodes, limits.verify_mib, part.ranges if part else (),
             )  # fmt: skip
         except IndexerError as error:
@@ -252,9 +257,7 @@ class Job:
         else:
             raise FetchTransient(f"{host} is busy", reason=HOST_BUSY)
         try:
-            fetched = await self._part(origin, identity, share) or await fetch_repo(
-                self._tools.http, origin, self._did, self._car, share, self._tools.settings.backfill
-            )
+            fetched = await self._part(origin, identity, share) or await self._whole(origin, share)
         except IndexerError as error:
             url = error.url if isinstance(error, FetchError) else ""
             self._blame(host_of(pds) if host_of(url) == host_of(pds) else host, error)
@@ -265,16 +268,31 @@ class Job:
         hosts.success(host_of(pds) if served_by_pds else host, allowance=fetched.allowance)
         return fetched
 
+    def _archived(self) -> bool:
+        archives = self._tools.archives
+        return archives is not None and archives.keeps
+
+    async def _whole(self, origin: str, share: Share) -> Fetched:
+        settings = self._tools.settings.backfill
+        spooled, self._spooled = self._spooled, True  # it may end half-way
+        fetched = await fetch_repo(
+            self._tools.http, origin, self._did, self._car, share, settings,
+            in_memory=0 if self._archived() else settings.memory_kib << 10,
+        )  # fmt: skip
+        self._spooled = spooled or not isinstance(fetched.car, bytes)
+        return fetched
+
     async def _part(self, origin: str, identity: Identity, share: Share) -> Fetched | None:
         """What is wanted, where the account's PDS gives that alone; None when the whole is to be fetched."""
         tools, row = self._tools, self._tools.db.repo(self._did)
-        if origin != identity.pds or tools.settings.archive.cars or not tools.settings.backfill.sparse:
+        if origin != identity.pds or self._archived() or not tools.settings.backfill.sparse:
             return None
         if row is None or row.attempt >= WHOLE_AFTER:
             return None
         part = part_of(tools.db, self._did, tools.filters())
         if part is None:
             return None
+        self._spooled = True
         try:
             ask = Ask(origin, self._did, identity.signing_key, part, self._car, share)
             fetched = await tools.sparse.fetch(ask)
@@ -311,9 +329,10 @@ class Job:
         archives = tools.archives
         async with archives.keeping(self._did, self._car) if archives else nullcontext() as archived:
             part = obtained.part
+            index = verified.held_index if isinstance(obtained.car, bytes) else Spool.index_path(self._car)
             plan = Plan(
-                self._did, epoch, verified, self._car, Spool.index_path(self._car), self._wants(part),
-                obtained.identity, obtained.asked, obtained.mark, archived, part.ranges if part else (),
+                self._did, epoch, verified, obtained.car, index, self._wants(part), obtained.identity,
+                obtained.asked, obtained.mark, archived, part.ranges if part else (),
             )  # fmt: skip
             limits = tools.settings.backfill
             bounds = Bounds(limits.chunk_records, limits.chunk_kib << 10)

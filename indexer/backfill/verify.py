@@ -1,9 +1,9 @@
 """Complete verification of a fetched repository, in a worker process.
 
-Owns the step from a CAR on disk to an index beside it: signature, hashes, tree and completeness are
-checked by `repo.walker`, each record by the data model, and only when all of it stands is anything
-returned. The records go to the index file in key order and in chunks, so that neither the trip
-between processes nor the reader ever holds all of them. Pure CPU and two local files.
+Owns the step from a CAR to an index of it, both in memory or both on disk: signature, hashes, tree and
+completeness are checked by `repo.walker`, each record by the data model, and only when all of it stands
+is anything returned. The records go to the index in key order and in chunks: of one in a file neither the
+trip between processes nor the reader ever holds all of them. Pure CPU and two local files.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path as FilePath
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -21,7 +22,7 @@ from indexer.atproto.dagcbor import check_record
 from indexer.atproto.mst import TreeLimits
 from indexer.atproto.types import Cid, Did, DidKey, Path, Rev
 from indexer.backfill.spans import Found, OrderEnds, Signer, Span, any_order, in_order, map_file, table_mib
-from indexer.errors import DiskError, FetchError, RecordInvalid
+from indexer.errors import CarError, DiskError, FetchError, RecordInvalid
 from indexer.repo.blocks import MemoryBlocks
 from indexer.repo.ranges import Range
 from indexer.repo.walker import index_repo
@@ -38,6 +39,9 @@ _REMEMBERED = 1 << 14
 #: path, CID, start and end of its block in the CAR, flags
 IndexEntry: TypeAlias = tuple[Path, Cid, int, int, int]
 
+#: A CAR as it is read.
+Buffer: TypeAlias = bytes | mmap.mmap
+
 _LENGTH = struct.Struct("<I")
 
 
@@ -51,10 +55,11 @@ class Verified(NamedTuple):
     flagged: int
     oversize: int
     size: int
+    held_index: bytes = b""  # of a CAR that came as bytes
 
 
 def verify_car(
-    car: FilePath,
+    car: FilePath | bytes,
     index: FilePath,
     did: Did,
     key: DidKey,
@@ -62,7 +67,9 @@ def verify_car(
     memory_mib: int,
     ranges: Sequence[Range] = (),
 ) -> Verified:
-    """Verifies the file ``car`` as the repository of ``did`` signed by ``key``; writes ``index``.
+    """Verifies ``car`` as the repository of ``did`` signed by ``key``; writes ``index``.
+
+    A ``car`` of bytes is small and whole; its index is in the answer, not in a file.
 
     With ``ranges`` it is a part of the repository, complete in each of them, and only that is looked at.
 
@@ -70,8 +77,27 @@ def verify_car(
     for an incomplete one), `CommitError` or `SignatureInvalid`; the index file is then not complete and must
     not be read.
     """
-    buffer = map_file(car)
     signer = Signer(did, key)
+    if isinstance(car, bytes):
+        if not car:
+            raise CarError("the CAR is empty", reason="car_truncated")
+        with BytesIO() as held:
+            return _written(held, car, _in_memory(car, signer, max_nodes))._replace(
+                held_index=held.getvalue()
+            )
+    with index.open("wb") as file:
+        return _verified_file(car, file, map_file(car), signer, max_nodes, memory_mib, ranges)
+
+
+def _verified_file(
+    car: FilePath,
+    index: BinaryIO,
+    buffer: mmap.mmap,
+    signer: Signer,
+    max_nodes: int,
+    memory_mib: int,
+    ranges: Sequence[Range],
+) -> Verified:
     # What memory holds is checked as a whole; the limit leaves room for the objects that this makes.
     if len(buffer) <= memory_mib * MIB:
         if ranges:
@@ -85,7 +111,7 @@ def verify_car(
     return _on_disk(car, index, buffer, signer, max_nodes, memory_mib, ranges)
 
 
-def _in_memory(buffer: mmap.mmap, signer: Signer, max_nodes: int) -> Found:
+def _in_memory(buffer: Buffer, signer: Signer, max_nodes: int) -> Found:
     limits = Limits(max_bytes=len(buffer), max_blocks=max_nodes)
     repo = index_repo(
         buffer, did=signer.did, key=signer.key, limits=limits, tree_limits=TreeLimits(max_nodes)
@@ -97,7 +123,7 @@ def _in_memory(buffer: mmap.mmap, signer: Signer, max_nodes: int) -> Found:
 
 def _on_disk(
     car: FilePath,
-    index: FilePath,
+    index: BinaryIO,
     buffer: mmap.mmap,
     signer: Signer,
     max_nodes: int,
@@ -118,17 +144,18 @@ def table_path(car: FilePath) -> FilePath:
     return car.with_suffix(".table")
 
 
-def _written(index: FilePath, buffer: mmap.mmap, found: Found) -> Verified:
-    """Checks each record and writes it down; raises what the walk raises."""
+def _written(index: BinaryIO, buffer: Buffer, found: Found) -> Verified:
+    """Checks each record and writes it down, from the beginning; raises what the walk raises."""
     records = flagged = oversize = 0
     seen: dict[Cid, int] = {}
-    with index.open("wb") as file:
-        for rows in _chunks(found.rows):
-            entries = [_entry(buffer, seen, *row) for row in rows]
-            flagged += sum(1 for entry in entries if entry[4])
-            oversize += sum(1 for entry in entries if entry[4] & OVERSIZE)
-            records += len(entries)
-            write_chunk(file, entries)
+    index.seek(0)
+    for rows in _chunks(found.rows):
+        entries = [_entry(buffer, seen, *row) for row in rows]
+        flagged += sum(1 for entry in entries if entry[4])
+        oversize += sum(1 for entry in entries if entry[4] & OVERSIZE)
+        records += len(entries)
+        write_chunk(index, entries)
+    index.truncate()
     commit = found.commit
     return Verified(commit.rev, commit.data, found.commit_block, records, flagged, oversize, len(buffer))
 
@@ -139,9 +166,9 @@ def write_chunk(file: BinaryIO, entries: list[IndexEntry]) -> None:
     file.write(data)
 
 
-def read_index(index: FilePath) -> Iterator[list[IndexEntry]]:
-    """The chunks of an index file, in key order."""
-    with index.open("rb") as file:
+def read_index(index: FilePath | bytes) -> Iterator[list[IndexEntry]]:
+    """The chunks of an index, in key order."""
+    with BytesIO(index) if isinstance(index, bytes) else index.open("rb") as file:
         while head := file.read(_LENGTH.size):
             yield list(msgpack.unpackb(file.read(_LENGTH.unpack(head)[0]), use_list=False))
 
@@ -158,7 +185,7 @@ def _chunks(parts: Iterator[list[Span]]) -> Iterator[list[Span]]:
         yield held
 
 
-def _entry(buffer: mmap.mmap, seen: dict[Cid, int], path: Path, cid: Cid, start: int, end: int) -> IndexEntry:
+def _entry(buffer: Buffer, seen: dict[Cid, int], path: Path, cid: Cid, start: int, end: int) -> IndexEntry:
     """``seen``: flags of records that cost time, of which one may stand under any number of keys."""
     if end - start < _COSTLY:
         return path, cid, start, end, _flags(buffer[start:end])

@@ -90,6 +90,11 @@ class Archives(Worker):
         return self._settings.blocks_interval
 
     @property
+    def keeps(self) -> bool:
+        """Whether CARs are archived from now on."""
+        return self._archive.cars
+
+    @property
     def stats(self) -> dict[str, int]:
         return {
             "passes": self.passes,
@@ -106,7 +111,7 @@ class Archives(Worker):
     async def keeping(self, did: Did, car: Path) -> AsyncIterator[Archived | None]:
         """Puts a verified CAR into the byte store; its file is safe until the block ends, and stays when
         a unit inside called `Archived.hold`. None when nothing is to be archived."""
-        if not self._archive.cars:
+        if not self.keeps:
             yield None
             return
         async with self._slots:

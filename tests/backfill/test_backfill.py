@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from indexer.atproto.cid import parse_cid
+from indexer.backfill.fetch import Intake, Spool
 from indexer.simulator.account import Account
 from indexer.simulator.keys import SigningKey
 from indexer.store.codecs import AccountStatus, SyncState, Work
@@ -41,6 +42,40 @@ async def test_a_requested_repository_is_fetched_and_synced(tmp_path: Path) -> N
         assert world.spooled() == []
         assert world.db.count("backfill/done/ok") == 1
         assert world.backfill.status()["done"] == 1
+
+
+async def test_only_a_car_beyond_the_memory_for_one_is_spooled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large, empty = account("one", posts(1)), account("two", posts(200)), account("three", {})
+    spooled: list[str] = []
+    remove = Spool.remove
+
+    def removed(spool: Spool, car: Path) -> None:
+        spooled.append(f"{car.exists()} {Spool.index_path(car).exists()}")
+        remove(spool, car)
+
+    monkeypatch.setattr(Spool, "remove", removed)
+    async with Host() as host, World(tmp_path, host, backfill={"memory_kib": 8}) as world:
+        for one in (small, large, empty):
+            host.serve(one)
+            await world.fetch(one)
+            assert world.row(one).state is SyncState.SYNCED
+            assert world.records(one) == cids_of(one)
+        assert spooled == ["True True"]
+        assert world.spooled() == []
+
+
+def test_an_intake_keeps_every_byte_in_order_wherever_it_goes(tmp_path: Path) -> None:
+    chunks = [b"a" * 5, b"b" * 3, b"", b"c" * 7]
+    for most in range(17):
+        path = tmp_path / f"{most}.car"
+        with Intake(path, most) as intake:
+            for chunk in chunks:
+                intake.write(chunk)
+        car = intake.car()
+        assert (car if isinstance(car, bytes) else car.read_bytes()) == b"".join(chunks)
+        assert path.exists() == (most < 15)
 
 
 async def test_nothing_is_fetched_before_the_state_is_stored(tmp_path: Path) -> None:

@@ -85,8 +85,11 @@ EXPECTED = {
     "shuffled": Expected(""),
     "repeated_blocks": Expected(""),
 }
-#: So that slowness is judged at once, and bodies end soon.
-LIMITS = {"retry_min": 10, "retry_max": 1000, "grace": "600ms", "max_car_mib": 8, "min_kib_per_s": 100}
+#: So that slowness is judged at once, bodies end soon, and all of them are spooled.
+LIMITS = {
+    "retry_min": 10, "retry_max": 1000, "grace": "600ms", "max_car_mib": 8, "min_kib_per_s": 100,
+    "memory_kib": 0,
+}  # fmt: skip
 
 
 @asynccontextmanager

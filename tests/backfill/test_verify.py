@@ -77,6 +77,31 @@ def verified(
     return found, [entry for chunk in read_index(index) for entry in chunk]
 
 
+def test_a_car_in_memory_is_verified_as_one_in_a_file(tmp_path: Path, made: tuple[CarInfo, bytes]) -> None:
+    info, data = made
+    index = tmp_path / "none.index"
+
+    def held(data: bytes, key: str = info.signing_key) -> Verified:
+        return verify_car(data, index, info.did, key, NODES, 1)
+
+    whole, expected = verified(tmp_path, info, data, mib=64)
+    found = held(data)
+    assert found._replace(held_index=b"") == whole
+    entries = [entry for chunk in read_index(found.held_index) for entry in chunk]
+    assert entries == expected
+    with CarBlocks(data) as blocks:
+        assert blocks.read(entries[-5:]) == [
+            (path, cid, data[begin:end], flags) for path, cid, begin, end, flags in entries[-5:]
+        ]
+    assert not index.exists()
+    damaged = data[:-1] + bytes([data[-1] ^ 1])
+    for wrong in (damaged, data[:-1], b""):
+        with pytest.raises(IndexerError):
+            held(wrong)
+    with pytest.raises(SignatureInvalid):
+        held(data, "did:key:zQ3shokFTS3brHcDQrn82RUDfCZESWL1ZdCEJwekUDPQiYBme")
+
+
 @pytest.mark.parametrize("kind", ["in order", "shuffled", "half in order", "commit last", "twice"])
 def test_every_order_and_every_way_give_the_same_records(
     tmp_path: Path, made: tuple[CarInfo, bytes], kind: str
