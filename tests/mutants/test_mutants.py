@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants import run
 from tests.mutants.run import Mutant, NotApplied, mutants, mutated, verdict
 from tests.paths import ROOT
 
@@ -51,3 +52,27 @@ def test_killed_or_survived_is_what_the_killer_says(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["killed", "SURVIVED"]
     assert lines[0].endswith("test_one.py test_sign")
+
+
+@pytest.mark.slow
+def test_many_are_judged_at_a_time_each_in_a_tree_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of one size, written within a second: no bytecode of another is taken for a mutant's."""
+    (tmp_path / "one.py").write_text("ONE = 1\n")
+    for name, wanted in (("one", 1), ("two", 2)):
+        (tmp_path / f"test_{name}.py").write_text(
+            f"import one\n\n\ndef test():\n    assert one.ONE <= {wanted}\n"
+        )
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    chosen = [
+        Mutant(f"{name}-{new}", "one.py", "1", new, f"test_{name}.py", "")
+        for new in ("2", "3", "0") for name in ("one", "two")
+    ]  # fmt: skip
+    stale = Mutant("stale", "one.py", "7", "8", "test_one.py", "")
+    assert run.judged([*chosen, stale], 2) == 4
+    words = {line.split()[1]: line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    survivors = {name for name, word in words.items() if word == "SURVIVED"}
+    assert survivors == {"two-2", "one-0", "two-0"}
+    assert words.pop("stale:") == "STALE"
+    assert words.keys() == {mutant.name for mutant in chosen}
