@@ -34,7 +34,8 @@ from indexer.atproto.types import Cid, Path
 from indexer.errors import MissingBlock, MstError
 
 __all__ = [
-    "DEFAULT_LIMITS", "EMPTY_NODE", "EMPTY_ROOT", "MAX_NODE_BYTES", "Get", "Tree", "TreeLimits", "build",
+    "DEFAULT_LIMITS", "EMPTY_NODE", "EMPTY_ROOT", "MAX_NODE_BYTES", "Get", "Tree", "TreeBuilder",
+    "TreeLimits", "build",
     "common_prefix", "find", "key_layer", "load_node", "prove", "root_layer", "visit", "walk",
 ]  # fmt: skip
 
@@ -95,43 +96,59 @@ class _Open:
         self.kids: list[Cid | None] = []
 
 
-def build(items: Iterable[tuple[Path, Cid]]) -> Tree:
-    """The tree of ``items``, which come in ascending order of their paths (`MstError` otherwise)."""
-    nodes: dict[Cid, bytes] = {}
-    layers: list[_Open] = []
-    last = b""
-    for path, value in items:
+class TreeBuilder:
+    """A tree that grows by records in ascending order. Memory for its open nodes, which are few."""
+
+    def __init__(self, emit: Callable[[Cid, bytes], None]) -> None:
+        """``emit`` gets each node when it is finished."""
+        self._emit = emit
+        self._layers: list[_Open] = []
+        self._last = b""
+
+    def add(self, path: Path, value: Cid) -> None:
+        """The next record; `MstError` when its path does not ascend or is none."""
         key = path.encode("ascii", "replace")
-        if key <= last:
-            raise MstError(f"key {shown(key)} does not come after {shown(last)}", rule="order")
+        if key <= self._last:
+            raise MstError(f"key {shown(key)} does not come after {shown(self._last)}", rule="order")
         if not are_tree_keys([key]):
             raise MstError(f"{shown(key)} is not a key of the form collection/rkey")
-        last = key
-        layer = key_layer(key)
+        self._last = key
+        layers, layer = self._layers, key_layer(key)
         while len(layers) <= layer:
             layers.append(_Open())
         node = layers[layer]
-        node.kids.append(_close(layers[:layer], nodes))
+        node.kids.append(self._close(layers[:layer]))
         node.keys.append(key)
         node.values.append(value)
-    root = _close(layers, nodes)
-    if root is None:
-        nodes[EMPTY_ROOT] = EMPTY_NODE
-        return Tree(EMPTY_ROOT, nodes)
-    return Tree(root, nodes)
+
+    def close(self) -> Cid:
+        """Finishes the tree: the CID of its root."""
+        root = self._close(self._layers)
+        if root is not None:
+            return root
+        self._emit(EMPTY_ROOT, EMPTY_NODE)
+        return EMPTY_ROOT
+
+    def _close(self, layers: list[_Open]) -> Cid | None:
+        """Finish the open nodes of ``layers``, lowest first, each as the last child of the next."""
+        child: Cid | None = None
+        for node in layers:
+            if not node.keys and child is None:
+                continue
+            block = encode_node(node.keys, node.values, [*node.kids, child])
+            child = dag_cbor_cid(block)
+            self._emit(child, block)
+            node.keys, node.values, node.kids = [], [], []
+        return child
 
 
-def _close(layers: list[_Open], nodes: dict[Cid, bytes]) -> Cid | None:
-    """Finish the open nodes of ``layers``, lowest first, each as the last child of the next."""
-    child: Cid | None = None
-    for node in layers:
-        if not node.keys and child is None:
-            continue
-        block = encode_node(node.keys, node.values, [*node.kids, child])
-        child = dag_cbor_cid(block)
-        nodes[child] = block
-        node.keys, node.values, node.kids = [], [], []
-    return child
+def build(items: Iterable[tuple[Path, Cid]]) -> Tree:
+    """The tree of ``items``, which come in ascending order of their paths (`MstError` otherwise)."""
+    nodes: dict[Cid, bytes] = {}
+    builder = TreeBuilder(nodes.__setitem__)
+    for path, value in items:
+        builder.add(path, value)
+    return Tree(builder.close(), nodes)
 
 
 # --- Loading nodes in their place -------------------------------------------------------------------------

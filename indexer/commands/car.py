@@ -8,28 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import nullcontext
-from itertools import takewhile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final
 
 import click
 import orjson
 
-from indexer.atproto.car import DEFAULT_LIMITS, iter_blocks, read_header
+from indexer.atproto.car import DEFAULT_LIMITS, read_header
 from indexer.atproto.cid import format_cid
 from indexer.atproto.crypto import parse_did_key
 from indexer.atproto.dagcbor import record_to_json
 from indexer.atproto.did_document import parse_did_document
-from indexer.atproto.mst import build, key_layer
-from indexer.atproto.types import Did, DidKey
+from indexer.atproto.mst import TreeBuilder, key_layer
+from indexer.atproto.types import Cid
+from indexer.commands.car_walk import Archive, Distinct, Room, SectionCids, Signer, Walked, walk
 from indexer.commands.paths import NamedPath
 from indexer.commands.progress import counted
 from indexer.errors import BadInput, CarError, DagCborError, DidDocumentInvalid
+from indexer.repo.blocks import Output
 from indexer.repo.driver import DriverBuilder
 from indexer.repo.walker import RepoIndex, index_repo
+from indexer.store.spill_file import SpillFile
+
+#: Where nothing else is asked for.
+DEFAULT_ROOM: Final = Room()
+#: Bytes of CIDs that may wait in memory, for each MiB of it.
+_CID_MEMORY: Final = 1 << 18
 
 _file = click.argument("file", type=NamedPath(exists=True, dir_okay=False, allow_dash=True))
 _json = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
@@ -42,56 +50,92 @@ _document = click.option(
 )
 
 
+_memory = click.option(
+    "--memory-mib",
+    type=click.IntRange(1, 1 << 20),
+    default=Room().memory_mib,
+    show_default=True,
+    help="Memory for blocks that wait for their place in the tree; more of them go to disk.",
+)
+_folder = click.option(
+    "--spill-folder",
+    type=NamedPath(exists=True, file_okay=False),
+    help="Where blocks go that memory does not hold, while the command runs. [default: the system's]",
+)
 #: Length and header of the longest archive that is read.
 _HEAD_BYTES = DEFAULT_LIMITS.max_header + 16
 
 
-class Signer(NamedTuple):
-    """Who must have signed: the DID where it is known, and the key."""
-
-    did: Did | None
-    key: DidKey
-
-
-def verify_car(buffer: bytes, signer: Signer | None = None) -> dict[str, Any]:
+def verify_car(
+    source: Path | bytes, signer: Signer | None = None, room: Room = DEFAULT_ROOM
+) -> dict[str, Any]:
     """Every check of a repository CAR; what `car verify` prints. Raises a `BadInput` that says what broke."""
-    return _summary(_checked(buffer, signer), signer)
+    records = 0
+
+    def count(chunk: Sequence[Output]) -> None:
+        nonlocal records
+        records += len(chunk)
+
+    return _summary(walk(Archive(source), signer, room, count), records, signer)
 
 
-def inspect_car(buffer: bytes) -> dict[str, Any]:
+def inspect_car(source: Path | bytes, room: Room = DEFAULT_ROOM) -> dict[str, Any]:
     """`verify_car` and what is inside: collections, depth of the tree, blocks that nothing needs."""
-    repo = _checked(buffer, None)
-    roots, _start = read_header(buffer)
-    cids = [cid for cid, _start, _end in iter_blocks(buffer, verify=False)]
-    tree = build((path, cid) for path, cid, _start, _end in repo.records)
-    needed = {repo.commit_cid, *tree.nodes, *(cid for _path, cid, _start, _end in repo.records)}
-    collections = Counter(path.partition("/")[0] for path, _cid, _start, _end in repo.records)
-    layers = [key_layer(path.encode()) for path, _cid, _start, _end in repo.records]
+    with tempfile.TemporaryDirectory(prefix="indexer-car-", dir=room.folder) as folder, ExitStack() as stack:
+        files = [stack.enter_context(closing(SpillFile(Path(folder)))) for _ in range(2)]
+        present, needed = (Distinct(file, room.memory_mib * _CID_MEMORY) for file in files)
+        inside = _Inside(needed)
+        walked = walk(Archive(source, SectionCids(present.add).look), None, room, inside.take)
+        inside.close(walked)
+        different = present.count()
+        return {
+            **_summary(walked, inside.records, None),
+            "roots": [format_cid(root) for root in walked.roots],
+            "record_bytes": inside.bytes,
+            "tree_nodes": inside.nodes,
+            "tree_depth": inside.layer + 1,
+            "duplicate_blocks": walked.blocks - different,
+            "unlinked_blocks": different - needed.count(),
+            "collections": dict(inside.collections.most_common()),
+        }
+
+
+class _Inside:
+    """Counts of what passes. The tree is built anew, since its nodes are not given out by a walk."""
+
+    def __init__(self, needed: Distinct) -> None:
+        self._needed = needed
+        self._tree = TreeBuilder(self._node)
+        self.collections: Counter[str] = Counter()
+        self.records = self.bytes = self.nodes = self.layer = 0
+
+    def take(self, chunk: Sequence[Output]) -> None:
+        for path, cid, block, _error in chunk:
+            self._tree.add(path, cid)
+            self.bytes += len(block or b"")
+            self.layer = max(self.layer, key_layer(path.encode()))
+        self.records += len(chunk)
+        self.collections.update(each.path.partition("/")[0] for each in chunk)
+        self._needed.add([each.cid for each in chunk])
+
+    def close(self, walked: Walked) -> None:
+        self._tree.close()
+        self._needed.add(walked.roots[:1])
+
+    def _node(self, cid: Cid, _block: bytes) -> None:
+        self.nodes += 1
+        self._needed.add([cid])
+
+
+def _summary(walked: Walked, records: int, signer: Signer | None) -> dict[str, Any]:
     return {
-        **_summary(repo, None),
-        "roots": [format_cid(root) for root in roots],
-        "record_bytes": sum(end - start for _path, _cid, start, end in repo.records),
-        "tree_nodes": len(tree.nodes),
-        "tree_depth": max(layers, default=0) + 1,
-        "duplicate_blocks": len(cids) - len(set(cids)),
-        "unlinked_blocks": len(set(cids) - needed),
-        "collections": dict(collections.most_common()),
-    }
-
-
-def _checked(buffer: bytes, signer: Signer | None) -> RepoIndex:
-    return index_repo(buffer, did=signer.did if signer else None, key=signer.key if signer else None)
-
-
-def _summary(repo: RepoIndex, signer: Signer | None) -> dict[str, Any]:
-    return {
-        "did": repo.commit.did,
-        "rev": repo.commit.rev,
-        "commit": format_cid(repo.commit_cid),
-        "data": format_cid(repo.data),
-        "records": len(repo.records),
-        "blocks": repo.blocks,
-        "bytes": repo.bytes,
+        "did": walked.commit.did,
+        "rev": walked.commit.rev,
+        "commit": format_cid(walked.roots[0]),
+        "data": format_cid(walked.commit.data),
+        "records": records,
+        "blocks": walked.blocks,
+        "bytes": walked.bytes,
         "signature": "valid" if signer else "not checked",
     }
 
@@ -165,18 +209,29 @@ def car() -> None:
 @_file
 @_key
 @_document
+@_memory
+@_folder
 @_json
-def verify(file: Path, key: str | None, document: Path | None, as_json: bool) -> None:
+def verify(
+    file: Path,
+    key: str | None,
+    document: Path | None,
+    memory_mib: int,
+    spill_folder: Path | None,
+    as_json: bool,
+) -> None:
     """Check block hashes, tree, completeness and, given a key, the signature."""
-    _print_result(verify_car(_read(file), _signer(key, document)), as_json)
+    _print_result(verify_car(file, _signer(key, document), Room(memory_mib, spill_folder)), as_json)
 
 
 @car.command()
 @_file
+@_memory
+@_folder
 @_json
-def inspect(file: Path, as_json: bool) -> None:
+def inspect(file: Path, memory_mib: int, spill_folder: Path | None, as_json: bool) -> None:
     """What is inside: roots, commit, counts, collections, shape of the tree, blocks that nothing needs."""
-    _print_result(inspect_car(_read(file)), as_json)
+    _print_result(inspect_car(file, Room(memory_mib, spill_folder)), as_json)
 
 
 @car.command()
@@ -184,14 +239,26 @@ def inspect(file: Path, as_json: bool) -> None:
 @click.option(
     "--prefix", default="", metavar="TEXT", help="Only paths that begin with this: app.bsky.feed.post/"
 )
+@_memory
+@_folder
 @_json
-def ls(file: Path, prefix: str, as_json: bool) -> None:
+def ls(file: Path, prefix: str, memory_mib: int, spill_folder: Path | None, as_json: bool) -> None:
     """Every record's path and CID, in key order."""
-    rows = index_repo(_read(file)).records
     form = '{{"path":"{}","cid":"{}"}}\n' if as_json else "{} {}\n"
-    # A checked path holds nothing that JSON would escape.
-    inside = takewhile(lambda row: row[0].startswith(prefix), rows.after(rows.place(prefix)))
-    click.echo("".join(form.format(path, format_cid(cid)) for path, cid, _start, _end in inside), nl=False)
+
+    def take(chunk: Sequence[Output]) -> None:
+        # A checked path holds nothing that JSON would escape.
+        rows = (form.format(path, format_cid(cid)) for path, cid, *_ in chunk if path.startswith(prefix))
+        lines.write("".join(rows).encode())
+
+    # Nothing is printed of a repository that does not stand every check, so the lines wait for its end.
+    with tempfile.SpooledTemporaryFile(
+        memory_mib << 20, dir=None if spill_folder is None else str(spill_folder)
+    ) as lines:
+        walk(Archive(file), None, Room(memory_mib, spill_folder), take)
+        lines.seek(0)
+        while part := lines.read(1 << 20):
+            click.echo(part, nl=False)
 
 
 @car.command()

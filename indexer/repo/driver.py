@@ -161,7 +161,7 @@ def _whole(plan: Plan, reader: CarReader) -> Driver.Memory:
     commit = None if early is None else checked_commit(root, early.block, plan.did, plan.key)
     with translated(commit, root):
         index = index_repo(data, did=plan.did, key=plan.key, limits=plan.limits, tree_limits=plan.tree_limits)
-    walk = WholeWalk(index.commit, plan.clock, data, index.records, plan.keeping)
+    walk = WholeWalk(index.commit, plan.clock, data, index.records, plan.keeping, index.blocks)
     return Driver.Memory(index.commit, walk)
 
 

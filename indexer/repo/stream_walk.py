@@ -103,6 +103,10 @@ class StreamWalk(RecordWalk):
         self._lost: OrderLost | None = None
         self._finished = False
 
+    @property
+    def blocks(self) -> int:
+        return self._order.blocks if self._rest is None else self._rest.blocks
+
     async def first_window(self) -> bool:
         """Whether the archive begins in streaming order."""
         await self._reader.fill(WINDOW)

@@ -83,6 +83,11 @@ class RecordWalk(ABC):
         self._clock = clock
         self._broken: DriveError | None = None
 
+    @property
+    @abstractmethod
+    def blocks(self) -> int:
+        """Blocks that were read from the archive, one as often as it came; after the last chunk all."""
+
     async def next_chunk(self, size: int = 1000) -> list[Output] | None:
         """The next ``size`` records (the last chunk may be shorter), None when there are no more."""
         if size < 1:
@@ -180,12 +185,19 @@ class Span(NamedTuple):
 class WholeWalk(RecordWalk):
     """A repository that lies in memory as it came, and was checked completely before."""
 
-    def __init__(self, commit: Commit, clock: Clock, data: bytes, records: Records, keeping: Keeping) -> None:
+    def __init__(
+        self, commit: Commit, clock: Clock, data: bytes, records: Records, keeping: Keeping, blocks: int
+    ) -> None:
         super().__init__(commit, clock)
+        self._blocks = blocks
         self._data = data
         self._records = records
         self._keeping = keeping
         self._rows: Iterator[Row] = iter(records)
+
+    @property
+    def blocks(self) -> int:
+        return self._blocks
 
     async def _chunk(self, size: int) -> list[Output]:
         rows = list(islice(self._rows, size))
@@ -222,6 +234,10 @@ class StoreWalk(RecordWalk):
         self._resumed = walk is not None
         self._ahead: dict[Cid, bytes | None] = {}
         self._hint = hint
+
+    @property
+    def blocks(self) -> int:
+        return self._blocks
 
     async def _chunk(self, size: int) -> list[Output]:
         if self._store.blocking:

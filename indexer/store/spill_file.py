@@ -26,7 +26,7 @@ class SpillFile:
             raise self._failed("opening", error) from error
         self._number = self._file.fileno()
 
-    def append(self, data: bytes | memoryview) -> None:
+    def append(self, data: bytes | bytearray | memoryview) -> None:
         """Adds ``data`` at the end, all of it or `DiskError`."""
         left = memoryview(data)
         try:
