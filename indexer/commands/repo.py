@@ -27,6 +27,7 @@ from indexer.commands.progress import Tell, bar, counted
 from indexer.errors import FetchRefused, IdentityGone, IndexerError, RequestError
 from indexer.ingest.audit import Audit, audit
 from indexer.pool import Pool
+from indexer.serve.management_repos import UNRESOLVED
 from indexer.store.codecs import AccountStatus, SyncState
 from indexer.store.database import Database
 from indexer.store.restore import expect_whole
@@ -39,6 +40,7 @@ _OVERVIEW = (
     "due", "later", "held", "in_flight", "eta_s", "repos_per_s", "records_per_s", "oldest_due_us",
     "next_due_us", "done", "failed", "paused",
 )  # fmt: skip
+_STATUSES = (*(status.label for status in AccountStatus), UNRESOLVED)
 #: How the error of a row begins when a directory or host says that there is no such account.
 _NO_IDENTITY = f"{IdentityGone.reason}: "
 
@@ -113,13 +115,18 @@ async def _act_on(
         raise RequestError("; ".join(f"{did} {not_done}" for did in left))
 
 
+def _is_hidden(row: Mapping[str, Any]) -> bool:
+    """Whether somebody said that the account is not active."""
+    return not row["active"] and row["status"] != UNRESOLVED
+
+
 def _problem(did: str, row: Mapping[str, Any] | None, *, waited: bool) -> str | None:
     """Why a repository was not added, or will not be synced."""
     if row is None or not row["tracked"]:
         return f"{did} is excluded by the filter and was not added"
     if not waited or (row["state"] == "synced" and row["active"]):
         return None
-    if not row["active"]:
+    if _is_hidden(row):
         return f"the account {did} is {row['status']}"
     return f"{did} cannot be synced: {safe_text(row['error'])}"
 
@@ -138,7 +145,7 @@ async def _settled(daemon: Daemon, did: str, how: Callable[[Mapping[str, Any]], 
             return row
         # An account known as inactive is asked for once more, as it was just requested.
         tried = row["error"] or row["attempt"] or not row["due_us"]
-        if not row["active"] and tried:
+        if _is_hidden(row) and tried:
             return row
         if row["error"] and (not row["due_us"] or row["error"].startswith(_NO_IDENTITY)):
             return row
@@ -147,9 +154,7 @@ async def _settled(daemon: Daemon, did: str, how: Callable[[Mapping[str, Any]], 
 
 @repo.command("list")
 @click.option("--state", type=click.Choice([state.label for state in SyncState]), help="Only these.")
-@click.option(
-    "--status", type=click.Choice([status.label for status in AccountStatus]), help="Only these accounts."
-)
+@click.option("--status", type=click.Choice(_STATUSES), help="Only these accounts.")
 @click.option("--json", "raw", is_flag=True, help="NDJSON.")
 @with_daemon
 def list_repos(daemon: Daemon, state: str | None, status: str | None, raw: bool) -> None:

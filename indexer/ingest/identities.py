@@ -143,15 +143,15 @@ class DueWork:
             return 0.0
         return grace_left(row, self._now_us(), self._tools.settings.ingest.unknown_grace)
 
-    async def _expire(self, did: Did) -> None:
+    async def _expire(self, did: Did, *, stranger: bool = False) -> None:
         """What waited too long for an identity goes."""
-        tools = self._tools
+        tools, bounds = self._tools, did_range(did)
         before = self._now_us() - int(tools.settings.ingest.unproven_age * 1_000_000)
-        marks = tools.db.scan(STRANGERS, *did_range(did))
-        frames = tools.db.scan(RESYNC_BUFFER, *did_range(did))
-        waits = tools.db.count(f"buffer/{did}/unproven_frames")
-        old = any(row.time_us < before for _, row in marks)
-        if old or (waits and any(not row.vouched and row.arrived < before for _, row in frames)):
+        old = stranger and any(row.time_us < before for _, row in tools.db.scan(STRANGERS, *bounds))
+        if not old and tools.db.count(f"buffer/{did}/unproven_frames"):
+            frames = tools.db.scan(RESYNC_BUFFER, *bounds)
+            old = any(not row.vouched and row.arrived < before for _, row in frames)
+        if old:
             await tools.writer.run("unproven_old", lambda tx: self._strangers.expired(tx, did, before))
 
     def _now_us(self) -> int:
@@ -178,7 +178,7 @@ class DueWork:
                 wait = await self._ask_of_stranger(did, tries)
             self._pace.answered(did, Work.RESOLVE)
         else:
-            await self._expire(did)
+            await self._expire(did, stranger=True)
         return wait or None
 
     async def _ask_of_stranger(self, did: Did, tries: int) -> float:
@@ -188,6 +188,9 @@ class DueWork:
         except IdentityGone as error:
             gone = error
             return await tools.writer.run("stranger", lambda tx: self._strangers.gone(tx, did, gone)) or 0.0
+        except IdentityUnavailable:
+            await self._expire(did, stranger=True)
+            raise
         if await tools.writer.run("stranger", lambda tx: self._strangers.at_home(tx, did, identity)):
             await self._replay(did)
             return 0.0

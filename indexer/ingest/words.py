@@ -62,7 +62,7 @@ def with_identity(tx: Transaction, did: Did, row: RepoRow, identity: Identity) -
     An answer to an older question than the row's own changes nothing (unless our clock was set back since).
     A claimed handle is no fact: one that is new leaves the row without a handle until it is verified.
     """
-    if identity.fetched_at < row.identity_at <= tx.now_us:
+    if identity.fetched_at < row.identity_at <= tx.now_us and not row.hearsay:
         return row
     claimed = identity.handle
     handle, work = row.handle, row.work & ~Work.RESOLVE

@@ -35,6 +35,8 @@ T = TypeVar("T")
 Wanted: TypeAlias = tuple[str | None, str | None]
 
 NDJSON = "application/x-ndjson"
+#: The status that is told of an account whose identity never was known, while nobody said more of it.
+UNRESOLVED = "unresolved"
 MAX_PAGE = 10_000
 #: Rows read or changed at once; others get their turn in between.
 _STEP = 500
@@ -177,7 +179,7 @@ class RepoRoutes:
         state, status = wanted
         while rows := self._services.db.repos(after=after, limit=_STEP):
             for did, row in rows:
-                if state in (None, row.state.label) and status in (None, row.status.label):
+                if state in (None, row.state.label) and status in (None, _status(row)):
                     yield describe(did, row)
             if len(rows) < _STEP:
                 return
@@ -207,7 +209,7 @@ def describe(did: Did, row: RepoRow) -> dict[str, Any]:
         "did": did,
         "tracked": row.tracked,
         "state": row.state.label,
-        "status": row.status.label,
+        "status": _status(row),
         "active": row.status.active and is_resolved(row),
         "resolved": is_resolved(row),
         "complete": row.complete,
@@ -221,6 +223,11 @@ def describe(did: Did, row: RepoRow) -> dict[str, Any]:
         "error": row.error or None,
         "attempt": row.attempt,
     }
+
+
+def _status(row: RepoRow) -> str:
+    """The account's status as it is told."""
+    return UNRESOLVED if row.status.active and not is_resolved(row) else row.status.label
 
 
 async def read_dids(request: web.Request) -> list[Did]:
@@ -259,7 +266,7 @@ def _check_resolvable(did: Did, *, local: bool) -> None:
 
 
 def _checked_status(text: str) -> str:
-    if text not in {status.label for status in AccountStatus}:
+    if text not in {UNRESOLVED, *(status.label for status in AccountStatus)}:
         raise SyntaxInvalid(f"not an account status: {text!r}")
     return text
 

@@ -13,8 +13,9 @@ from indexer.errors import IdentityGone
 from indexer.ingest.hearsay import FORGOTTEN, GONE, grace_left, unheard_of
 from indexer.simulator.wire import frame, timestamp
 from indexer.store.check import check
-from indexer.store.codecs import NEW_REPO, AccountStatus, SyncState, Work
+from indexer.store.codecs import NEW_REPO, AccountStatus, RepoRow, SyncState, Work
 from indexer.store.keyspaces import ACCOUNT_STATUS, REPOS, RESYNC_BUFFER, STRANGERS
+from indexer.store.transaction import Transaction
 from tests.ingest.forge import EPOCH_US, Forge
 from tests.ingest.node import Node
 from tests.ingest.test_pipeline import AWAY, World, count, holds, row_of, world
@@ -109,7 +110,9 @@ async def test_what_a_pds_sent_of_its_own_new_account_waits_for_the_directory_al
         net.publish(away, AWAY)
         net.store(forge)
         async with net.node(tmp_path, direct=True) as node:
-            await node.until(lambda: (row := node.db.repo(forge.did)) is not None and row.state is SYNCED)
+            await node.until(
+                lambda: (row := node.db.repo(forge.did)) is not None and row.state is SyncState.SYNCED
+            )
             await node.until(lambda: not node.db.counts("strangers/") and not row_of(node, forge).work)
             assert {path for path, _ in node.db.records(forge.did)} == set(forge.account.records)
             assert node.db.count("backfill/done/ok") == 0  # its frames were replayed, not fetched
@@ -118,9 +121,6 @@ async def test_what_a_pds_sent_of_its_own_new_account_waits_for_the_directory_al
             assert words[node.settings.upstreams[0]] is AccountStatus.SUSPENDED
             assert (node.db.repo(away.did), count(node, "reject/authority")) == (None, 2)
             assert node.db.counts("buffer/") == {}
-
-
-SYNCED = SyncState.SYNCED
 
 
 async def test_a_frame_that_waits_too_long_goes_and_its_account_is_fetched_once_it_is_known(
@@ -186,3 +186,20 @@ def test_the_grace_begins_with_the_first_no() -> None:
     assert grace_left(later, NOW_US + 60_000_000, 60.0) == 0.0
     assert grace_left(later, NOW_US - 90_000_000, 60.0) == 60.0  # our clock was set back
     assert grace_left(HEARD, NOW_US, 60.0) == 0.0
+
+
+async def test_a_slow_answer_is_taken_though_another_said_no_meanwhile(tmp_path: Path) -> None:
+    async with world() as net, net.node(tmp_path) as node:
+        forge = net.account()
+        await node.ingest.stop()
+        resolver, answers = node.backfill.tools.resolver, node.ingest._drainer._answers
+        identity = await resolver.resolve(forge.did)
+
+        def step(tx: Transaction) -> RepoRow | None:
+            tx.set_repo(forge.did, unheard_of(HEARD, "nobody", tx.now_us))
+            answers.learned(tx, forge.did, identity)
+            return tx.repo(forge.did)
+
+        row = await node.writer.run("slow", step)
+        assert row is not None
+        assert (row.signing_key, row.hearsay, row.error) == (forge.key, False, "")

@@ -153,7 +153,9 @@ async def test_of_a_repository_that_never_was_known_nothing_is_claimed_and_a_pur
         heard = NEW_REPO._replace(tracked=True, hearsay=True)
         await node.writer.run("heard", lambda tx: tx.set_repo(ALICE, heard))
         shown = (await node.manage("GET", f"/repos/{ALICE}"))[1]
-        assert (shown["active"], shown["resolved"]) == (False, False)
+        assert (shown["active"], shown["status"], shown["resolved"]) == (False, "unresolved", False)
+        assert len((await node.manage("GET", "/repos?status=unresolved"))[1]["repos"]) == 1
+        assert (await node.manage("GET", "/repos?status=active"))[1]["repos"] == []
         answer = await node.xrpc("com.atproto.sync.getRepoStatus", did=ALICE)
         assert (answer[0], answer[1]["error"]) == (400, "RepoNotFound")
         body = json.dumps([{"did": ALICE}])
