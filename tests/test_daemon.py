@@ -134,8 +134,10 @@ async def test_a_failed_commit_takes_the_daemon_down(tmp_path: Path, monkeypatch
     poisoned, until = asyncio.Event(), Daemon._until_writer_closes
 
     async def later(closed: Daemon) -> None:  # the writer's own part comes last
-        await until(closed)
-        await closed._failed
+        try:
+            await until(closed)
+        finally:
+            await asyncio.wait([closed._failed])
 
     monkeypatch.setattr(Daemon, "_until_writer_closes", later)
     async with Daemon(_settings(tmp_path)) as daemon:
