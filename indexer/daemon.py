@@ -107,10 +107,12 @@ class Daemon:
         self._stack.push_async_callback(self.writer.stop)
         self._spawn("writer", self._until_writer_closes)
         verifiers = Pool(settings.verifiers, settings.ingest.verify_timeout)
-        workers = Pool(settings.backfill.processes, settings.backfill.verify_timeout)
-        self._on_stop(verifiers.stop)
-        self._on_stop(workers.stop)
         limits = settings.backfill
+        workers = Pool(limits.memory_workers, limits.verify_timeout)
+        disk_workers = Pool(limits.disk_workers, limits.verify_timeout) if limits.disk_workers else None
+        for pool in (verifiers, workers, disk_workers):
+            if pool is not None:
+                self._on_stop(pool.stop)
         proxies = Proxies(limits.proxies, limits.proxy_rest) if limits.proxies else None
         http = await self._stack.enter_async_context(HttpClient(settings.network, proxies=proxies))
         resolver = Resolver(http, settings)
@@ -124,6 +126,7 @@ class Daemon:
         self.backfill = Backfill(
             self.db, self.writer, workers, resolver, http, settings,
             drain=self.ingest.drain, woken=self.ingest.wake, archives=archives, bans=self.ingest.bans,
+            disk_pool=disk_workers,
         )  # fmt: skip
         self.ingest.share_hosts(self.backfill.tools.hosts)
         self.crawler = Crawler(
@@ -141,7 +144,7 @@ class Daemon:
         self.services = Services(
             self.db, self.writer, EventLog(self.db, self.writer), resolver, workers, filters, settings,
             revisit, self.ingest, self.backfill, store_workers, archives, verifiers, self.crawler,
-            hosts=self.backfill.hosts,
+            hosts=self.backfill.hosts, disk_pool=disk_workers,
         )  # fmt: skip
         for name, worker in store_workers.items():
             self._spawn(name, worker.run)

@@ -196,7 +196,12 @@ class IngestSettings(Section):
 class BackfillSettings(Section):
     concurrency: int = Field(8, ge=1, description="repositories fetched at one time")
     per_host: int = Field(4, ge=1, description="fetches at one time from one host")
-    processes: int = Field(1, ge=0, le=64, description="processes that verify repositories and rebuild trees")
+    memory_workers: int = Field(
+        1, ge=0, le=64, description="processes that verify repositories and rebuild trees; 0 is the daemon's"
+    )
+    disk_workers: int = Field(
+        1, ge=0, le=64, description="processes for repositories above `backfill.verify_mib`; 0: the same ones"
+    )
     verify_timeout: Duration = Field(
         600.0, gt=0, description="longest time that such a process may take for one repository"
     )

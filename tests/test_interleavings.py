@@ -103,7 +103,7 @@ async def play(folder: Path, seed: int, kinds: str) -> None:
                 "first_sight_wait": chance.choice((0.0, 0.2)),
                 "unknown_grace": 0.2,
             },
-            "backfill": {"retry_min": 0.05, "retry_max": 0.5, "processes": 0},
+            "backfill": {"retry_min": 0.05, "retry_max": 0.5, "memory_workers": 0},
         }
         plan = list(chunks(chance, net.streams))
         cut = chance.randrange(len(plan))

@@ -73,6 +73,7 @@ class Tools:
     db: Database
     writer: Writer
     pool: Pool
+    disk_pool: Pool  # for CARs above `backfill.verify_mib`
     resolver: Resolver
     http: HttpClient
     settings: Settings
@@ -225,8 +226,9 @@ class Job:
         """What is in the CAR. A host that serves one wrong repository after the other is left alone."""
         tools, limits = self._tools, self._tools.settings.backfill
         host, part = host_of(fetched.url), fetched.part
+        pool = tools.disk_pool if fetched.size > limits.verify_mib << 20 else tools.pool
         try:
-            verified = await tools.pool.run(
+            verified = await pool.run(
                 verify_car, fetched.car, Spool.index_path(self._car), self._did, identity.signing_key,
                 limits.max_nodes, limits.verify_mib, part.ranges if part else (),
             )  # fmt: skip

@@ -82,6 +82,7 @@ class Backfill:
         jitter: Callable[[], float] = random.random,
         archives: Archives | None = None,
         bans: Bans | None = None,
+        disk_pool: Pool | None = None,
     ) -> None:
         limits = settings.backfill
         self._db = db
@@ -101,8 +102,8 @@ class Backfill:
         self._spool = Spool(settings.data_dir / "spool")
         #: What jobs work with.
         self.tools = Tools(
-            db, writer, pool, resolver, http, settings, self._hosts, self._budget, self._parsed,
-            self._spool, self._stats, relay_origin(settings.upstreams), drain, woken,
+            db, writer, pool, disk_pool or pool, resolver, http, settings, self._hosts, self._budget,
+            self._parsed, self._spool, self._stats, relay_origin(settings.upstreams), drain, woken,
             self._filters, jitter, archives, Sparse(http, self._hosts, limits),
         )  # fmt: skip
         self._resolver = resolver

@@ -56,10 +56,7 @@ def not_ready(services: Services) -> list[str]:
     floor = services.settings.disk.hard_floor_mib
     if free < floor:
         reasons.append(f"disk: {free} MiB are free, ingest needs {floor} (disk.hard_floor_mib)")
-    pools = {"workers": services.pool, "verifiers": services.verifiers}
-    reasons += [
-        f"{name}: {pool.problem}" for name, pool in pools.items() if pool is not None and pool.problem
-    ]
+    reasons += [f"{name}: {pool.problem}" for name, pool in services.pools.items() if pool.problem]
     if services.ingest is not None and (problem := services.ingest.clock_problem):
         reasons.append(f"clock: {problem}")
     return reasons + _unconnected(services)

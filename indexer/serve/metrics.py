@@ -100,8 +100,7 @@ class Metrics(Collector):
             yield family
         counts = self._services.db.counts(revs.ROWS)
         yield _by_label("compare_revs", "Comparisons of revs after a possible loss", "outcome", counts)
-        pools = {"workers": self._services.pool, "verifiers": self._services.verifiers}
-        restarts = {name: pool.restarts for name, pool in pools.items() if pool is not None}
+        restarts = {name: pool.restarts for name, pool in self._services.pools.items()}
         yield _by_label("pool_restarts", "Times that a pool's processes were replaced", "pool", restarts)
 
     def _parts(self) -> Iterator[Metric]:

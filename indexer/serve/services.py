@@ -109,6 +109,13 @@ class Services:
     crawler: CrawlerLike | None = None
     #: What is known of hosts, and said of them.
     hosts: HostBook | None = None
+    disk_pool: Pool | None = None
+
+    @property
+    def pools(self) -> dict[str, Pool]:
+        """The pools of processes that there are, by their names for people."""
+        named = {"workers": self.pool, "disk_workers": self.disk_pool, "verifiers": self.verifiers}
+        return {name: pool for name, pool in named.items() if pool is not None}
 
     def current_filters(self) -> Filters:
         """The filters in force: what was stored over what is set."""

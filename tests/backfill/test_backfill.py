@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from indexer.atproto.cid import parse_cid
 from indexer.backfill.fetch import Intake, Spool
+from indexer.pool import Pool
 from indexer.simulator.account import Account
 from indexer.simulator.keys import SigningKey
 from indexer.store.codecs import AccountStatus, SyncState, Work
@@ -64,6 +68,30 @@ async def test_only_a_car_beyond_the_memory_for_one_is_spooled(
             assert world.records(one) == cids_of(one)
         assert spooled == ["True True"]
         assert world.spooled() == []
+
+
+async def test_a_large_repository_does_not_keep_the_worker_of_the_small_ones(tmp_path: Path) -> None:
+    small = account("one", posts(1))
+    large = account("two", {f"{POST}3k{number:011d}": f"{number:03d}" * 4000 for number in range(120)})
+    began, may_end = asyncio.Event(), asyncio.Event()
+
+    class Slow(Pool):
+        async def run(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+            began.set()
+            await may_end.wait()
+            return await super().run(function, *args, **kwargs)
+
+    async with Host() as host, World(tmp_path, host, backfill={"verify_mib": 1}) as world:
+        world.backfill.tools = dataclasses.replace(world.backfill.tools, disk_pool=Slow(0))
+        for one in (large, small):
+            host.serve(one)
+        fetching = asyncio.create_task(world.fetch(large))
+        await asyncio.wait_for(began.wait(), 10)
+        assert (await world.fetch(small)).state is SyncState.SYNCED
+        assert not fetching.done()
+        may_end.set()
+        assert (await fetching).state is SyncState.SYNCED
+        assert world.records(large) == cids_of(large)
 
 
 def test_an_intake_keeps_every_byte_in_order_wherever_it_goes(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ async def running(folder: Path, net: SimulatedNetwork, **tables: Any) -> AsyncIt
         data_dir=folder, upstreams=[], plc_urls=[net.plc_url], verifiers=0,
         network={"allow_private": True}, disk={"soft_floor_mib": 0, "hard_floor_mib": 0},
         public={"bind": "127.0.0.1:0"}, management={"bind": "127.0.0.1:0"},
-        backfill={"processes": 0}, filter={"mode": "full"}, crawler={**FAST, **tables},
+        backfill={"memory_workers": 0}, filter={"mode": "full"}, crawler={**FAST, **tables},
     )  # fmt: skip
     async with Daemon(settings) as daemon:
         yield daemon

@@ -43,7 +43,7 @@ async def managed(tmp_path: Path, upstreams: list[str], **tables: Any) -> AsyncI
         overrides={
             "data_dir": tmp_path, "upstreams": upstreams, "verifiers": 0, "memory_mib": 32,
             "network": {"allow_private": True}, "public": {"bind": "127.0.0.1:0"},
-            "management": {"bind": "127.0.0.1:0"}, "backfill": {"processes": 0},
+            "management": {"bind": "127.0.0.1:0"}, "backfill": {"memory_workers": 0},
             "disk": {"soft_floor_mib": 0, "hard_floor_mib": 0},
             "audit": {"repos_per_minute": 0, "rev_delay": 0}, **tables,
         },
