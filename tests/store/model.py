@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import shutil
 import tempfile
 import time
@@ -28,6 +29,7 @@ from hypothesis.stateful import (
 )
 
 from indexer.errors import BadInput, StoreBusy
+from indexer.store import sweep as sweep_module
 from indexer.store import writer as writer_module
 from indexer.store.check import check
 from indexer.store.codecs import INVALID, OVERSIZE, AccountStatus, Mode
@@ -413,8 +415,9 @@ class StoreMachine(RuleBasedStateMachine):
 def run_model(steps: int) -> None:
     """At least so many steps; raises when the store and its twin differ."""
     until = StoreMachine.steps + steps
-    waits = writer_module._STALL_WAIT_S
+    waits, long_sweep = writer_module._STALL_WAIT_S, sweep_module._LONG_SWEEP_S
     writer_module._STALL_WAIT_S = (0.0001, 0.001)  # type: ignore[misc]
+    sweep_module._LONG_SWEEP_S = math.inf  # type: ignore[misc]  # a busy machine puts no sweep off
     try:
         while (left := until - StoreMachine.steps) > 0:
             run_state_machine_as_test(
@@ -429,6 +432,7 @@ def run_model(steps: int) -> None:
             )
     finally:
         writer_module._STALL_WAIT_S = waits  # type: ignore[misc]
+        sweep_module._LONG_SWEEP_S = long_sweep  # type: ignore[misc]
 
 
 def main() -> None:
