@@ -11,7 +11,6 @@ from indexer.atproto.cid import CID_LENGTH
 from indexer.atproto.mst import check_path
 from indexer.atproto.node import shown
 from indexer.atproto.syntax import MAX_RKEY
-from indexer.atproto.types import Path
 from indexer.errors import MstError
 
 
@@ -28,8 +27,9 @@ def are_cids(joined: bytes) -> bool:
     )
 
 
-def check_keys(keys: Sequence[bytes]) -> list[Path]:
-    """Keys that were read from nodes as paths, when they ascend and are all valid; `MstError` otherwise.
+def check_keys(keys: Sequence[bytes]) -> str:
+    """Keys that were read from nodes, as paths with newlines between them; `MstError` when they do not ascend
+    or are not all valid. At least one.
 
     Reading a node checks that its keys have no other characters than keys may have.
     """
@@ -37,23 +37,24 @@ def check_keys(keys: Sequence[bytes]) -> list[Path]:
         last, key = next(pair for pair in pairwise(keys) if pair[0] >= pair[1])
         raise MstError(f"key {shown(key)} does not come after {shown(last)}", rule="order")
     joined = b"\n".join(keys)
-    paths = joined.decode("ascii").split("\n")
+    paths = joined.decode("ascii")
     if joined.count(b"/") != len(keys):  # what lies together below begins with one name and a slash
-        for path in paths:
+        for path in paths.split("\n"):
             check_path(path, "")
     # Keys are sorted, so those of a collection lie together: one look at its name is enough, and the record
     # keys that are not allowed ("", ".", "..") have one place where they would be.
     first = 0
-    while first < len(paths):
-        collection = check_path(paths[first], "")
-        behind = bisect_left(paths, collection + "0", first)  # "0" is the character after "/"
-        for rkey in (".", ".."):
-            place = bisect_left(paths, f"{collection}/{rkey}", first, behind)
+    while first < len(keys):
+        collection = check_path(keys[first].decode("ascii"), "")
+        name = collection.encode("ascii")
+        behind = bisect_left(keys, name + b"0", first)  # "0" is the character after "/"
+        for rkey in (b"/.", b"/.."):
+            place = bisect_left(keys, name + rkey, first, behind)
             if place < behind:
-                check_path(paths[place], collection)
+                check_path(keys[place].decode("ascii"), collection)
         first = behind
     if max(map(len, keys)) > MAX_RKEY:
-        for path in paths:
+        for path in paths.split("\n"):
             if len(path) > MAX_RKEY:
                 check_path(path, "")
     return paths

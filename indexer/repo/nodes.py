@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import compress, count
+from itertools import accumulate, compress, count, repeat
 from typing import Any, Final, NamedTuple
 
 from indexer.atproto.node import (
@@ -79,26 +79,44 @@ def split_nodes(blocks: Sequence[bytes]) -> Nodes | None:
 
 def _bounds(between: list[bytes], shared: list[int]) -> tuple[list[int], list[Cid | None]] | None:
     """(entries, first child) of each node. Marks each node's first entry in ``shared`` with -1."""
+    shared.append(0)  # of the entry that the last begin promises
+    places = list(compress(count(), between))
+    texts = list(filter(None, between))
+    counts: list[int] = list(map(_USUAL.get, texts, repeat(0)))
+    lefts: list[Cid | None] = [None] * len(texts)
+    for number, size in enumerate(counts):
+        if not size:
+            parts = texts[number].split(_BETWEEN)
+            kid, size = _first_child(parts[0]), _COUNTS.get(parts[-1], 0)
+            if len(parts) != 2 or kid == b"" or not size:
+                return _unusual_bounds(between, shared)
+            counts[number], lefts[number] = size, kid
+    if list(accumulate(counts, initial=0)) != [*places, len(between)]:
+        return None
+    for place in places:
+        if shared[place]:
+            return None
+        shared[place] = -1
+    del counts[-1], lefts[0]
+    return counts, lefts
+
+
+def _unusual_bounds(between: list[bytes], shared: list[int]) -> tuple[list[int], list[Cid | None]] | None:
+    """`_bounds` where nodes without entries, or no nodes, are among them."""
     counts: list[int] = []
     lefts: list[Cid | None] = []
-    shared.append(0)  # of the entry that the last begin promises
     due = 0
     for place in compress(count(), between):
         if place != due or shared[place]:
             return None
         shared[place] = -1
-        text = between[place]
-        size = _USUAL.get(text)
-        if size is None:
-            parts = text.split(_BETWEEN)
-            kids = list(map(_first_child, parts[:1] + [_whole(part) for part in parts[1:-1]]))
-            size = _COUNTS.get(parts[-1], 0)
-            if not size or len(parts) < 2 or b"" in kids:
-                return None
-            lefts += [kid or None for kid in kids]
-            counts += [0] * (len(parts) - 2)
-        else:
-            lefts.append(None)
+        first, *others = between[place].split(_BETWEEN)
+        size = _COUNTS.get(others.pop(), 0) if others else 0
+        kids = list(map(_first_child, [first, *map(_whole, others)]))
+        if not size or b"" in kids:
+            return None
+        lefts += kids
+        counts += [0] * len(others)
         counts.append(size)
         due += size
     if due != len(between):

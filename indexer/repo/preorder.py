@@ -40,9 +40,13 @@ class Taken(NamedTuple):
     """What one window proved: the records whose blocks it holds, and where it ends."""
 
     end: int
-    paths: list[Path]
+    text: str  # the paths, with newlines between them
     starts: list[int]
     ends: list[int]
+
+    @property
+    def paths(self) -> list[Path]:
+        return self.text.split("\n") if self.text else []
 
 
 class _Sections(NamedTuple):
@@ -57,7 +61,7 @@ class Preorder:
     """The state of a walk between windows. The commit's section lies before the first."""
 
     __slots__ = (
-        "_last", "_layer", "_limits", "_order", "_paths", "_stack", "_tree_limits", "_verify", "_want",
+        "_last", "_layer", "_limits", "_order", "_stack", "_text", "_tree_limits", "_verify", "_want",
         "blocks", "entries",
     )  # fmt: skip
 
@@ -69,7 +73,7 @@ class Preorder:
         self._stack: list[Frame] = []
         self._layer = -1  # the root's
         self._order: list[Cid] = []  # of records that were named, but whose sections have not come
-        self._paths: list[Path] = []
+        self._text = ""  # their paths, with newlines between them
         self._last: bytes = b""
         self.blocks = 1
         self.entries = 0  # nodes and records
@@ -95,7 +99,7 @@ class Preorder:
 
     def pending(self) -> list[tuple[Path, Cid]]:
         """Records that were named and whose sections have not come, in order."""
-        return list(zip(self._paths, self._order, strict=True))
+        return list(zip(self._text.split("\n"), self._order, strict=True)) if self._order else []
 
     def frames(self) -> tuple[list[Frame], int, Cid | None]:
         """(open nodes, layer of the root or -1, the next node), for a walk that goes on from here."""
@@ -103,14 +107,15 @@ class Preorder:
 
     def supply(self) -> None:
         """The first of `pending` was found elsewhere: its section need not come."""
-        del self._paths[0], self._order[0]
+        self._text = self._text.partition("\n")[2]
+        del self._order[0]
 
     def _tail(self, found: _Sections) -> Taken | None:
         """Behind the tree anything may lie, in whole sections."""
         if not are_cids(b"".join(found.cids)):
             return None
         self.blocks += len(found.cids)
-        return Taken(found.end, [], [], [])
+        return Taken(found.end, "", [], [])
 
     def _tree(self, found: _Sections) -> Taken | None:
         if max(map(len, found.nodes), default=0) > self._tree_limits.max_node_bytes:
@@ -134,17 +139,31 @@ class Preorder:
         self._tree_limits.check_depth(place.layer)
         for layer, keys in enumerate(place.layers):
             check_layer(keys, layer)
-        paths = self._paths + (check_keys(place.keys) if place.keys else [])
-        ready = min(len(found.starts), len(paths))
-        self._commit(place, entries, order[len(cids) :], paths[ready:], len(cids))
-        return Taken(found.end, paths[:ready], found.starts[:ready], found.ends[:ready])
+        texts = [self._text] if self._text else []
+        if place.keys:
+            texts.append(check_keys(place.keys))
+        named = len(self._order) + len(place.keys)
+        ready = min(len(found.starts), named)
+        now, later = _cut("\n".join(texts), named, ready)
+        self._commit(place, entries, order[len(cids) :], later, len(cids))
+        return Taken(found.end, now, found.starts[:ready], found.ends[:ready])
 
-    def _commit(self, place: _Place, entries: int, order: list[Cid], paths: list[Path], blocks: int) -> None:
+    def _commit(self, place: _Place, entries: int, order: list[Cid], text: str, blocks: int) -> None:
         self._want, self._stack, self._layer = place.want, place.stack, place.layer
-        self._order, self._paths = order, paths
+        self._order, self._text = order, text
         self._last = place.keys[-1] if place.keys else self._last
         self.entries = entries
         self.blocks += blocks
+
+
+def _cut(text: str, lines: int, first: int) -> tuple[str, str]:
+    """The first lines of so many, and the others."""
+    if first == lines:
+        return text, ""
+    if first == 0:
+        return "", text
+    now, *later = text.rsplit("\n", lines - first)
+    return now, "\n".join(later)
 
 
 def _sections(data: bytes | mmap, at: int, stop: int, largest: int, verify: bool) -> _Sections | None:

@@ -40,12 +40,12 @@ class Records(Sequence[Row]):
         self._firsts: list[int] = []  # number of each run's first record
         self._size = 0
 
-    def add(self, paths: Sequence[Path], starts: Iterable[int], ends: Iterable[int]) -> None:
-        """The next records, in key order."""
+    def add(self, paths: str, starts: Iterable[int], ends: Iterable[int]) -> None:
+        """The next records, in key order; newlines between the paths."""
         if paths:
-            self._runs.append(Run("\n".join(paths), array("Q", starts), array("Q", ends)))
+            self._runs.append(Run(paths, array("Q", starts), array("Q", ends)))
             self._firsts.append(self._size)
-            self._size += len(paths)
+            self._size += len(self._runs[-1].starts)
 
     def __len__(self) -> int:
         return self._size

@@ -169,7 +169,7 @@ class StreamWalk(RecordWalk):
         return True
 
     def _give_out(self, taken: Taken) -> None:
-        if not taken.paths:
+        if not taken.text:
             return
         shift = self._reader.at
         data = self._reader.data[shift : taken.end]

@@ -52,7 +52,7 @@ def take_subtree(cid: Cid, layer: int, fetch: Fetch, limits: TreeLimits) -> Subt
             return None
         keys, values = _in_order(levels)
         size = len(keys) + sum(len(nodes.counts) for nodes in levels)
-        return Subtree(keys, check_keys(keys), values, size) if keys else None
+        return Subtree(keys, check_keys(keys).split("\n"), values, size) if keys else None
     except MstError:
         return None
 

@@ -140,7 +140,7 @@ def _in_order(
         taken = walk.window(data, at, min(at + WINDOW, size))
         if taken is None or taken.end == at:
             return None
-        records.add(taken.paths, taken.starts, taken.ends)
+        records.add(taken.text, taken.starts, taken.ends)
         at = taken.end
     return (records, walk.blocks) if walk.done else None
 
@@ -235,7 +235,7 @@ def _records(data: bytes | mmap, root: Cid, spans: _Spans, limits: TreeLimits) -
     for layer, layer_keys in enumerate(walk.layers):
         check_layer(layer_keys, layer)
     values = walk.values
-    paths = check_keys(walk.keys)
+    paths = check_keys(walk.keys).split("\n")
     try:
         places = list(map(spans.__getitem__, values))
     except KeyError:
@@ -245,7 +245,7 @@ def _records(data: bytes | mmap, root: Cid, spans: _Spans, limits: TreeLimits) -
         run = places[first : first + _RUN]
         starts = [span >> 32 for span in run]
         ends = [(span >> 32) + (span & _LENGTH) for span in run]
-        records.add(paths[first : first + _RUN], starts, ends)
+        records.add("\n".join(paths[first : first + _RUN]), starts, ends)
     return records
 
 
