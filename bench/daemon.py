@@ -67,13 +67,16 @@ class BenchDaemon:
             await asyncio.sleep(_SAMPLE_S)
 
     async def wait_until_healthy(self) -> None:
-        """Returns when `/health` answers 200."""
+        """Returns when `/health` answers 200, and so does the management listener, which is opened later."""
         deadline = time.monotonic() + _START_S
         async with aiohttp.ClientSession() as http:
             while time.monotonic() < deadline:
                 self.check()
                 with contextlib.suppress(aiohttp.ClientError):
-                    async with http.get(f"{self.public}/health") as answer:
+                    async with (
+                        http.get(f"{self.management}/readyz"),
+                        http.get(f"{self.public}/health") as answer,
+                    ):
                         if answer.status == 200:
                             return
                 await asyncio.sleep(0.05)

@@ -1,8 +1,8 @@
 """`bench parts [RECORDS]`: one repository of which one collection of six is wanted, as a part and as a whole.
 
-Measured are the bytes of answers and of the URLs that ask for them, the requests, and the time from the
-request to follow the account until it is synced, with 20 ms until each answer. Both ways are measured for
-each size, whatever the settings would choose.
+Measured are the bytes of answers and of the URLs that ask for them, the requests, the time from the request
+to follow the account until it is synced, with 20 ms until each answer, and the daemon's processor time
+meanwhile. Both ways are measured for each size, whatever the settings would choose.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ class Figures(NamedTuple):
     kib: float
     requests: float
     seconds: float
+    cpu_seconds: float
 
 
 class Pds:
@@ -105,8 +107,11 @@ def run(options: Options) -> Report:
     for records in options.sizes or SIZES:
         account = repository(records)
         for way, sparse in (("part", True), ("whole", False)):
-            runs = [asyncio.run(measure(account, options.cache, sparse=sparse)) for _ in range(options.runs)]
-            for name, unit in (("kib", "KiB"), ("requests", ""), ("seconds", "s")):
+            job = partial(measure, account, options.cache, sparse=sparse)
+            runs = [asyncio.run(job()) for _ in range(options.runs)]
+            if options.profile is not None:
+                asyncio.run(job(profile=options.profile))
+            for name, unit in zip(Figures._fields, ("KiB", "", "s", "s"), strict=True):
                 values = [getattr(each, name) for each in runs]
                 report.add(f"{way}_{name}_{records}", unit, values, series=f"{way}_{name}", size=records)
     return report
@@ -130,7 +135,7 @@ def repository(records: int) -> Account:
     return account
 
 
-async def measure(account: Account, folder: Path, *, sparse: bool) -> Figures:
+async def measure(account: Account, folder: Path, *, sparse: bool, profile: Path | None = None) -> Figures:
     """One fresh daemon that fetches it."""
     pds = Pds(account)
     settings = {
@@ -142,16 +147,17 @@ async def measure(account: Account, folder: Path, *, sparse: bool) -> Figures:
     }
     async with (
         pds.serving(),
-        running_daemon({**settings, "plc_urls": pds.url}, folder) as daemon,
+        running_daemon({**settings, "plc_urls": pds.url}, folder, profile=profile) as daemon,
         aiohttp.ClientSession(daemon.management) as http,
     ):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), daemon.cpu_seconds()
         async with http.put("/repos", data=orjson.dumps({"did": _DID})) as answer:
             answer.raise_for_status()
         while await _state(http) != "synced":
             daemon.check()
             await asyncio.sleep(_POLL_S)
-        return Figures(pds.bytes / 1024, pds.requests, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return Figures(pds.bytes / 1024, pds.requests, seconds, daemon.cpu_seconds() - cpu)
 
 
 async def _state(http: aiohttp.ClientSession) -> str:

@@ -13,8 +13,9 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from errno import ENOSPC
 from pathlib import Path as FilePath
 from typing import Final, NamedTuple
 from urllib.parse import quote
@@ -38,9 +39,10 @@ from indexer.store.database import Database
 
 GET_RECORD: Final = "/xrpc/com.atproto.sync.getRecord?did="
 GET_BLOCKS: Final = "/xrpc/com.atproto.sync.getBlocks?did="
-#: Statuses that may be about the blocks that were asked for: the repository may have moved on.
+#: The status that may be about the blocks that were asked for: the repository may have moved on.
 _NOT_THERE: Final = 400
-_LEAST_PAUSE_S: Final = 0.02
+#: As the client names a body beyond its limit.
+TOO_LARGE: Final = "TooLarge"
 
 
 class Unfit(Exception):
@@ -122,14 +124,19 @@ class SpooledBlocks:
         """Writes the header; its length, which is the same for every root."""
         return os.pwrite(self._file.fileno(), car_header([cid]), 0)
 
-    def add(self, cid: Cid, block: bytes) -> None:
-        if cid in self._spans:
-            return
-        section = car_block(cid, block)
-        end = self.size + len(section)
-        os.pwrite(self._file.fileno(), section, self.size)
-        self._spans[cid] = (end - len(block)) << 32 | len(block)
-        self.size = end
+    def add(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
+        sections: list[bytes] = []
+        end = self.size
+        for cid, block in blocks:
+            if cid not in self._spans:
+                sections.append(car_block(cid, block))
+                end += len(sections[-1])
+                self._spans[cid] = (end - len(block)) << 32 | len(block)
+        if sections:
+            written = os.pwrite(self._file.fileno(), b"".join(sections), self.size)
+            if self.size + written != end:
+                raise OSError(ENOSPC, "the disk took a part of what was written")
+            self.size = end
 
 
 @dataclass(slots=True)
@@ -148,7 +155,7 @@ class Sparse:
         try:
             async with asyncio.timeout(self.settings.timeout) as limit:
                 with SpooledBlocks(ask.car) as blocks:
-                    return await _Fetch(self, ask, blocks, now).run()
+                    return await _Fetch(self, ask, blocks, now, limit).run()
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -163,13 +170,21 @@ class Sparse:
 class _Fetch:
     """One part, once."""
 
-    def __init__(self, tools: Sparse, ask: Ask, blocks: SpooledBlocks, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        tools: Sparse,
+        ask: Ask,
+        blocks: SpooledBlocks,
+        now: Callable[[], float],
+        limit: asyncio.Timeout,
+    ) -> None:
         self._tools = tools
         self._settings = tools.settings
         self._ask = ask
         self._host = host_of(ask.origin)
         self._blocks = blocks
         self._now = now
+        self._limit = limit
         self._begun = now()
         self._received = 0
         self._root: Cid = b""
@@ -201,7 +216,7 @@ class _Fetch:
         except FetchRefused as error:
             if error.name in ACCOUNT_ANSWERS:
                 raise
-            raise Unfit("no_proofs", host=True) from error
+            raise Unfit("bytes" if error.name == TOO_LARGE else "no_proofs", host=True) from error
         block = self._blocks.get(roots[0]) if roots else None
         if block is None:
             raise CarError("a proof without its commit", reason="car")
@@ -219,6 +234,7 @@ class _Fetch:
     async def _begin_anew(self) -> None:
         """Blocks are not there: goes on from a newer root, if that is why."""
         before = self._root
+        await self._turn()
         await self._begin()
         if self._root == before:
             raise Unfit("missing", host=True)
@@ -255,14 +271,20 @@ class _Fetch:
             except FetchRefused as error:
                 if error.name in ACCOUNT_ANSWERS:
                     raise
-                if error.name == "TooLarge":
+                if error.name == TOO_LARGE:
                     raise Unfit("bytes") from error
                 if error.status != _NOT_THERE:
                     raise Unfit("no_blocks", host=True) from error
 
     async def _turn(self) -> None:
-        """Waits until the host's rate allows one more request. A host that is to rest is left alone."""
-        hosts, host = self._tools.hosts, self._host
+        """Waits until there is room for more, as fast as is set, and the host's rate allows one more request.
+        A host that is to rest is left alone."""
+        hosts, host, fastest = self._tools.hosts, self._host, self._settings.max_mib_per_s * (1 << 20)
+        before = self._now()
+        await self._ask.share.room()
+        if (end := self._limit.when()) is not None:  # our own need, not the host's
+            self._limit.reschedule(end + self._now() - before)
+        await asyncio.sleep(max(0.0, self._received / fastest - (self._now() - self._begun)))
         while True:
             if hosts.penalty_s(host):
                 raise FetchTransient(f"{host} is to be left alone", reason=HOST_BUSY)
@@ -278,17 +300,18 @@ class _Fetch:
         if left <= 0:
             raise Unfit("bytes")
         request = self._tools.http.stream(url, max_bytes=left, gzip=settings.gzip, proxied=True)
-        share.waits(self._now())
+        share.waits(self._now())  # answers are small: what they bring is counted, and waits before the next
         splitter = CarSplitter(Limits(max_bytes=left))
         async with request as response:
             self._url = response.url
             if response.status != 200:
                 await refuse(response, self._ask.origin)
             async for chunk in response.chunks:
-                for cid, block in splitter.feed(chunk):
-                    if asked is None or cid in asked:
-                        self._blocks.add(cid, block)
-                await self._received_more(len(chunk))
+                blocks = splitter.feed(chunk)
+                self._blocks.add(blocks if asked is None else [item for item in blocks if item[0] in asked])
+                self._received += len(chunk)
+                share.add(len(chunk))
+                share.waits(self._now())
             allowance = allowance_of(response.headers, time.time())
         self._tools.hosts.success(self._host, allowance=allowance)
         try:
@@ -296,15 +319,3 @@ class _Fetch:
         except CarError as error:
             raise Unfit("cut", host=True) from error
         return splitter.roots or ()
-
-    async def _received_more(self, size: int) -> None:
-        """Counts bytes, waits for room in the budget, and reads no faster than is set."""
-        share = self._ask.share
-        self._received += size
-        grows = share.add(size)
-        early = self._received / (self._settings.max_mib_per_s * (1 << 20)) - (self._now() - self._begun)
-        if not grows or early > _LEAST_PAUSE_S:
-            share.waits(None)
-            await share.room()
-            await asyncio.sleep(max(0.0, early))
-        share.waits(self._now())

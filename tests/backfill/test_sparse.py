@@ -20,6 +20,7 @@ from indexer.simulator.keys import SigningKey
 from indexer.store.codecs import SyncState
 from indexer.store.transaction import Transaction
 from tests.backfill.part_host import Blocks, PartHost
+from tests.backfill.test_archive import archive_into
 from tests.backfill.world import World, account, answer_with, cids_of, edit, refusal, rev
 
 POST, LIKE, REPOST = "app.bsky.feed.post", "app.bsky.feed.like", "app.bsky.feed.repost"
@@ -150,6 +151,8 @@ async def test_parts_are_not_asked_for_where_the_whole_is_needed_or_they_are_swi
     one = account("one", records())
     sections = {"filter": {"collections": names}, "backfill": SMALL} | sections
     async with PartHost() as host, World(tmp_path, host, **sections) as world:
+        if world.settings.archive.cars:
+            archive_into(world)
         host.serve(one)
         row = await world.fetch(one)
         assert (row.state, row.sparse, row.complete) == (SyncState.SYNCED, False, not names)
