@@ -102,7 +102,7 @@ async def test_what_a_clock_that_was_behind_refused_is_made_up_for(tmp_path: Pat
         await at.node.until(lambda: at.count("/reject/future_rev") == 6)
         writer = SimpleNamespace(poisoned=False)
         services = SimpleNamespace(
-            settings=at.node.settings, writer=writer, pool=None, verifiers=None, ingest=at.node.ingest,
+            settings=at.node.settings, writer=writer, pools={}, ingest=at.node.ingest,
             db=at.node.db,
         )  # fmt: skip
         (reason,) = not_ready(cast(Any, services))
