@@ -84,43 +84,26 @@ def _bounds(between: list[bytes], shared: list[int]) -> tuple[list[int], list[Ci
     texts = list(filter(None, between))
     counts: list[int] = list(map(_USUAL.get, texts, repeat(0)))
     lefts: list[Cid | None] = [None] * len(texts)
+    chains: list[tuple[int, list[Cid | None]]] = []  # nodes without entries, by the text that they are in
     for number, size in enumerate(counts):
         if not size:
-            parts = texts[number].split(_BETWEEN)
-            kid, size = _first_child(parts[0]), _COUNTS.get(parts[-1], 0)
-            if len(parts) != 2 or kid == b"" or not size:
-                return _unusual_bounds(between, shared)
-            counts[number], lefts[number] = size, kid
+            first, *others = texts[number].split(_BETWEEN)
+            size = _COUNTS.get(others.pop(), 0) if others else 0
+            kids = list(map(_first_child, [first, *map(_whole, others)]))
+            if not size or b"" in kids:
+                return None
+            counts[number], lefts[number] = size, kids[0]
+            if others:
+                chains.append((number, kids[1:]))
     if list(accumulate(counts, initial=0)) != [*places, len(between)]:
         return None
     for place in places:
         if shared[place]:
             return None
         shared[place] = -1
-    del counts[-1], lefts[0]
-    return counts, lefts
-
-
-def _unusual_bounds(between: list[bytes], shared: list[int]) -> tuple[list[int], list[Cid | None]] | None:
-    """`_bounds` where nodes without entries, or no nodes, are among them."""
-    counts: list[int] = []
-    lefts: list[Cid | None] = []
-    due = 0
-    for place in compress(count(), between):
-        if place != due or shared[place]:
-            return None
-        shared[place] = -1
-        first, *others = between[place].split(_BETWEEN)
-        size = _COUNTS.get(others.pop(), 0) if others else 0
-        kids = list(map(_first_child, [first, *map(_whole, others)]))
-        if not size or b"" in kids:
-            return None
-        lefts += kids
-        counts += [0] * len(others)
-        counts.append(size)
-        due += size
-    if due != len(between):
-        return None
+    for number, kids in reversed(chains):
+        counts[number:number] = [0] * len(kids)
+        lefts[number + 1 : number + 1] = kids
     del counts[-1], lefts[0]
     return counts, lefts
 
