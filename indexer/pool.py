@@ -21,6 +21,7 @@ from multiprocessing.context import SpawnProcess
 from typing import ParamSpec, TypeVar
 
 from indexer.errors import WorkerDied
+from indexer.memory import collect_rarely
 
 #: Time for running work to end at a stop, in seconds.
 STOP_S = 2.0
@@ -172,6 +173,7 @@ def _nothing() -> None:
 
 
 def _prepare_worker() -> None:
+    collect_rarely()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

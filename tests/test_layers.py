@@ -20,7 +20,7 @@ ALLOWED = {
     "setting_servers": {"setting_groups", "setting_values"},
     "config": {"errors", "setting_groups", "setting_servers", "setting_values"},
     "logs": {"config"},
-    "pool": _BASE,
+    "pool": _BASE | {"memory"},
     "memory": set[str](),
     "atproto": {"errors"},
     "simulator": set[str](),
