@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from indexer.memory import limit_arenas
+from indexer.pool import Pool
 from tests.paths import ROOT
 
 #: Eight threads that hold memory at one time; prints how many arenas there are then.
@@ -44,6 +46,14 @@ def _arenas(limit: int) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_threads_share_the_arenas_that_there_may_be() -> None:
     assert _arenas(2) <= 2 < _arenas(0)
+
+
+async def test_a_worker_does_not_collect_for_every_frame() -> None:
+    pool = Pool(1)
+    try:
+        assert (await pool.run(gc.get_threshold))[0] >= 10_000
+    finally:
+        await pool.stop()
 
 
 def test_none_is_no_limit() -> None:
