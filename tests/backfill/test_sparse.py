@@ -14,6 +14,7 @@ from aiohttp import web
 from indexer.backfill.hosts import host_of
 from indexer.backfill.sparse import unfit
 from indexer.config import BackfillSettings
+from indexer.errors import WriterPoisoned
 from indexer.repo.ranges import Estimate
 from indexer.simulator.account import Account
 from indexer.simulator.keys import SigningKey
@@ -21,6 +22,7 @@ from indexer.store.codecs import SyncState
 from indexer.store.transaction import Transaction
 from tests.backfill.part_host import Blocks, PartHost
 from tests.backfill.test_archive import archive_into
+from tests.backfill.test_restart import kill_at, request_and_run
 from tests.backfill.world import World, account, answer_with, cids_of, edit, refusal, rev
 
 POST, LIKE, REPOST = "app.bsky.feed.post", "app.bsky.feed.like", "app.bsky.feed.repost"
@@ -69,6 +71,7 @@ async def test_only_what_is_wanted_is_fetched_and_a_second_fetch_tells_what_chan
         ]  # fmt: skip
 
 
+@pytest.mark.slow
 async def test_a_repository_without_any_wanted_record_is_proven_to_have_none(tmp_path: Path) -> None:
     one, empty = account("one", records(10)), account("empty")
     async with PartHost() as host, world_of(tmp_path, host, "app.bsky.feed.none", "zz.*") as world:
@@ -120,6 +123,7 @@ def test_when_the_whole_repository_is_the_better_choice(
     assert unfit(estimate, BackfillSettings(), rounds, first=first) == reason
 
 
+@pytest.mark.slow
 async def test_it_is_fetched_then(tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("share", {"sparse_share": 0.1}, "share"),
@@ -352,3 +356,23 @@ async def test_another_key_s_signature_is_refused_and_the_whole_not_even_asked_f
         row = await world.fetch(one)
         assert (row.error.partition(":")[0], host.asked) == ("signature", [])
         assert world.records(one) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nth", [1, 3])
+async def test_killed_while_a_part_is_applied_it_goes_on_and_tells_nothing_twice(
+    tmp_path: Path, nth: int
+) -> None:
+    one = account("one", records(20))
+    async with PartHost() as host:
+        host.serve(one)
+        async with world_of(tmp_path, host, LIKE) as world:
+            kill_at(world, "after backfill_apply", nth)
+            with pytest.raises(WriterPoisoned):
+                await request_and_run(world, one)
+        async with world_of(tmp_path, host, LIKE) as world:
+            assert world.row(one).state is SyncState.BACKFILLING
+            await world.running(lambda: world.row(one).state is SyncState.SYNCED)
+            assert world.records(one) == wanted(one, LIKE)
+            assert world.events(one) == [("create", path, one.rev) for path in sorted(wanted(one, LIKE))]
+            assert (world.row(one).sparse, world.spooled()) == (True, [])

@@ -22,6 +22,8 @@ from indexer.errors import BadInput, CarError, DriveError, FrameError, MstError,
 from indexer.ingest.verify import Outcome, VerifyLimits, verify_frame
 from indexer.repo.blocks import MemoryBlocks
 from indexer.repo.driver import Driver, DriverBuilder
+from indexer.repo.ranges import RangePlan, ranges_of
+from indexer.repo.tree_walk import TreeWalk
 from indexer.repo.walker import load_repo, walk_records
 from indexer.repo.walks import RecordWalk
 from indexer.simulator.cbor import encode
@@ -31,6 +33,7 @@ from tests.fuzz.mutate import bytes_of, value_of
 
 _LIMITS = VerifyLimits("7777777777777")
 _KEYS = 8
+_RANGES = ranges_of(["app.bsky.feed.like", "app.bsky.graph.*"])
 
 
 class Contradiction(Exception):
@@ -258,7 +261,33 @@ def _walked(root: bytes, nodes: Mapping[bytes, bytes], ops: list[dict[str, Any]]
                 prove(root, path, nodes.get)
             except MstError:
                 continue
+    _ranged(root, nodes)
     return "tree/walked"
+
+
+class _Said(dict[bytes, bytes]):
+    """Blocks of which all are said to be there."""
+
+    def __contains__(self, cid: object) -> bool:
+        return True
+
+
+def _ranged(root: bytes, nodes: Mapping[bytes, bytes]) -> None:
+    """A plan finds all nodes of its ranges exactly where walks of them do."""
+    try:
+        planned = RangePlan(root, _RANGES, _Said(nodes)).done
+    except MstError:
+        planned = False
+    try:
+        for start, stop in _RANGES:
+            tree = TreeWalk(root, start=start, stop=stop)
+            while tree.want is not None:
+                tree.take(nodes.get(tree.want, b""))
+        walked = True
+    except MstError:
+        walked = False
+    if planned is not walked:
+        raise Contradiction(f"a plan finds {planned} where walks find {walked}")
 
 
 def _sound(made: Made, nodes: Mapping[bytes, bytes], ops: list[Op]) -> None:

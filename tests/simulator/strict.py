@@ -48,6 +48,12 @@ def split_frame(frame: bytes) -> tuple[str, dict[str, Any]]:
 
 def read_car(data: bytes) -> tuple[CID, dict[CID, bytes]]:
     """(root, blocks); every hash checked."""
+    (root,), blocks = read_blocks(data)
+    return root.set(base="base32"), blocks
+
+
+def read_blocks(data: bytes) -> tuple[list[CID], dict[CID, bytes]]:
+    """(roots, blocks); every hash checked."""
     header_size, at = _varint(data, 0)
     header: Any = decode(data[at : at + header_size])
     assert header["version"] == 1
@@ -61,8 +67,7 @@ def read_car(data: bytes) -> tuple[CID, dict[CID, bytes]]:
         blocks[cid] = block
         at += size
     assert at == len(data)
-    (root,) = header["roots"]
-    return root.set(base="base32"), blocks
+    return header["roots"], blocks
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

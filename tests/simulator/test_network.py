@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 
 from indexer.simulator import SimConfig, SimulatedNetwork
+from indexer.simulator.cbor import cid_text
 from indexer.simulator.chooser import Rates
 from tests.simulator import strict
 
@@ -141,6 +142,23 @@ async def test_getrepo_through_the_relay_is_the_ledgers_repository() -> None:
             assert all(leaf.value.set(base="base32") in blocks for leaf in leaves)
             checked += 1
         assert checked >= 4
+
+
+async def test_blocks_are_served_by_their_cids_all_or_none() -> None:
+    async with running() as (network, session):
+        account = next(iter(network.world.accounts.values()))
+        url = f"{network.pds_urls[account.pds]}/xrpc/com.atproto.sync.getBlocks"
+        truth = {cid_text(cid): block for cid, block in account.blocks()}
+        chosen = list(truth)[1::3]
+        query = [("did", account.did), *(("cids", cid) for cid in chosen)]
+        async with session.get(url, params=query) as response:
+            roots, blocks = strict.read_blocks(await response.read())
+            assert (response.status, roots) == (200, [])
+            assert {str(cid): block for cid, block in blocks.items()} == {cid: truth[cid] for cid in chosen}
+        absent = cid_text(b"\x01\x71\x12\x20" + bytes(32))
+        for wrong, name in ((absent, "BlockNotFound"), ("b!!", "InvalidRequest")):
+            async with session.get(url, params=[*query, ("cids", wrong)]) as response:
+                assert (response.status, (await response.json())["error"]) == (400, name)
 
 
 async def test_values_of_the_ledger_are_what_getrecord_shows() -> None:
