@@ -115,6 +115,16 @@ def test_the_records_are_those_of_the_twin(
     assert asyncio.run(walked(pieces(made.car(blocks), 100), size, **options)) == expected
 
 
+@pytest.mark.parametrize("size", [1, 100, 1000])
+async def test_an_empty_record_at_the_end_is_in_order_too(size: int) -> None:
+    made = repository({"com.example.a/0": b"\xa0", "com.example.a/1": b""})
+    found = await walked(pieces(made.car(), size), mem_limit_mb=NONE)
+    assert found == [(path, cid, block) for path, cid, block in made.rows]
+    damaged = bytearray(made.car())
+    damaged[-1] ^= 1
+    assert not await accepts(bytes(damaged), mem_limit_mb=NONE)
+
+
 class Reader:
     """An object with an asynchronous ``read``."""
 
