@@ -1,9 +1,9 @@
 """`bench car_walk [BYTES …]`: CAR bytes → ordered records, with and without block hashing, one core and all.
 
 Times `indexer.repo.walker.index_repo` and the slicing of every record out of the buffer, as backfill does it;
-then the library: `DriverBuilder` within a memory limit, in streaming order without a disk and, told to ignore
-that order, with one. Memory is the growth of a fresh process. The archives are the simulator's; `--file` or
-HUGE_CAR adds any other.
+then the library: `DriverBuilder` within a memory limit, in streaming order without a disk; told to ignore
+that order, with one; and with one for the same blocks in a random order. Memory is the growth of a fresh
+process. The archives are the simulator's; `--file` or HUGE_CAR adds any other.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import random
 import resource
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import NamedTuple
 from bench.options import Options, machine, profiled, timed
 from bench.report import Report, Target
 from indexer import DiskBuilder, Driver, DriverBuilder, RecordWalk, WalkLimits
+from indexer.atproto.car import read_header, sections
 from indexer.repo.walker import index_repo
 from indexer.simulator.corpus import cached_car
 
@@ -80,27 +82,54 @@ class Walked(NamedTuple):
 
 def _measure_library(report: Report, options: Options, name: str, file: Path) -> None:
     size = file.stat().st_size
-    if size < _LARGE:
-        rates = [size / _MIB / each for each in timed(lambda: asyncio.run(drive(file, True)), options.runs)]
-        report.add(f"library_{name}_mib_per_s", "MiB/s", rates, series="library", size=size)
-        return
-    for series, streaming in (("library", True), ("library_disk", False)):
-        runs = [_in_a_process(file, streaming) for _ in range(options.runs)]
+    large = size >= _LARGE
+    mixed = _shuffled(options.cache, file)
+    for series, source, streaming in (
+        ("library", file, True),
+        ("library_disk", file, False),
+        ("library_shuffled", mixed, False),
+    ):
+        limit = _LIMIT if large or streaming else 0  # what memory could hold goes to the disk, too
+        if large:
+            runs = [_in_a_process(source, streaming, limit) for _ in range(options.runs)]
+        else:
+            job = partial(_walk_by_library, source, streaming, limit)
+            runs = [Walked(each, 0) for each in timed(job, options.runs)]
         rates = [size / _MIB / each.seconds for each in runs]
         report.add(f"{series}_{name}_mib_per_s", "MiB/s", rates, series=series, size=size)
-        growth = [each.growth_mib for each in runs]
-        report.add(f"{series}_{name}_growth_mib", "MiB", growth, _GROWTH)
+        if large:
+            report.add(f"{series}_{name}_growth_mib", "MiB", [each.growth_mib for each in runs], _GROWTH)
 
 
-def _in_a_process(file: Path, streaming: bool) -> Walked:
+def _shuffled(cache: Path, file: Path) -> Path:
+    """The same archive with its blocks in a random order, made once."""
+    path = cache / f"{file.stem}-{file.stat().st_size}-shuffled.car"
+    if not path.exists():
+        data = file.read_bytes()
+        _roots, at = read_header(data)
+        head, pieces = data[:at], []
+        for _cid, _start, end in sections(data, at, verify=False):
+            pieces.append((at, end))
+            at = end
+        random.Random(1).shuffle(pieces)
+        cache.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        with draft.open("wb", buffering=1 << 20) as out:
+            out.write(head)
+            out.writelines(data[start:end] for start, end in pieces)
+        draft.rename(path)
+    return path
+
+
+def _in_a_process(file: Path, streaming: bool, limit: float) -> Walked:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_walk_by_library, (file, streaming))
+        return pool.apply(_walk_by_library, (file, streaming, limit))
 
 
-def _walk_by_library(file: Path, streaming: bool) -> Walked:
+def _walk_by_library(file: Path, streaming: bool, limit: float) -> Walked:
     asyncio.run(_nothing())  # what every loop costs is not the walk's
     before, start = _own_peak_mib(), time.process_time()
-    asyncio.run(drive(file, streaming))
+    asyncio.run(drive(file, streaming, limit))
     return Walked(time.process_time() - start, _own_peak_mib() - before)
 
 
@@ -108,10 +137,10 @@ async def _nothing() -> None:
     """Work that only makes a loop start."""
 
 
-async def drive(file: Path, streaming: bool) -> int:
+async def drive(file: Path, streaming: bool, limit: float) -> int:
     """Every record of a file by `DriverBuilder`, on disk unless ``streaming`` spares it; their bytes."""
     limits = WalkLimits(max_seconds=_PATIENCE_S)
-    match await DriverBuilder(_LIMIT, streaming=streaming, limits=limits).load_car(_pieces(file)):
+    match await DriverBuilder(limit, streaming=streaming, limits=limits).load_car(_pieces(file)):
         case Driver.Memory(_, driver):
             return await _total(driver)
         case Driver.Disk(need_disk):

@@ -48,10 +48,10 @@ def check_keys(keys: Sequence[bytes]) -> str:
         collection = check_path(keys[first].decode("ascii"), "")
         name = collection.encode("ascii")
         behind = bisect_left(keys, name + b"0", first)  # "0" is the character after "/"
-        for rkey in (b"/.", b"/.."):
-            place = bisect_left(keys, name + rkey, first, behind)
-            if place < behind:
-                check_path(keys[place].decode("ascii"), collection)
+        for barred in (name + b"/.", name + b"/.."):
+            place = bisect_left(keys, barred, first, behind)
+            if place < behind and keys[place] == barred:
+                check_path(barred.decode("ascii"), collection)
         first = behind
     if max(map(len, keys)) > MAX_RKEY:
         for path in paths.split("\n"):
