@@ -243,7 +243,7 @@ def visit(root: Cid, get: Get, limits: TreeLimits = DEFAULT_LIMITS) -> Iterator[
 def check_path(path: Path, collection: str) -> str:
     """The collection of ``path``; ``collection`` is one that was found valid before (keys come sorted)."""
     name, _, rkey = path.partition("/")
-    if name != collection and not syntax.is_nsid(name):
+    if (not name or name != collection) and not syntax.is_nsid(name):
         raise MstError(f"key {path[:120]!r} does not begin with a collection")
     if not syntax.is_rkey(rkey):
         raise MstError(f"key {path[:120]!r} does not end with a record key")
