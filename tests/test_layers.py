@@ -33,7 +33,8 @@ ALLOWED = {
     "crawl": _BASE | {"atproto", "store", "identity", "ingest", "backfill"},
     "serve": _BASE | {"atproto", "repo", "store", "identity", "pool", "ingest", "backfill", "crawl"},
     "daemon": _BASE
-    | {"memory", "atproto", "repo", "store", "cas", "identity", "pool", "ingest", "backfill", "crawl", "serve"},
+    | {"memory", "cas", "atproto", "repo", "store", "identity", "pool"}
+    | {"ingest", "backfill", "crawl", "serve"},
 }
 #: The top: the command line may import everything.
 TOP = {"cli", "commands", "__main__", "__init__"}
