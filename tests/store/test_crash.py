@@ -40,7 +40,7 @@ def child(folder: Path, point: str, count: int) -> subprocess.Popen[str]:
 def crash(folder: Path, point: str, count: int) -> None:
     with child(folder, point, count) as process:
         try:
-            _, errors = process.communicate(timeout=25)
+            _, errors = process.communicate(timeout=100)
         finally:
             process.kill()
     assert process.returncode == -signal.SIGKILL, errors

@@ -133,6 +133,7 @@ STEPS = st.lists(
 
 
 @pytest.mark.slow
+@pytest.mark.limit(120)
 @settings(max_examples=15, deadline=None)
 @given(STEPS)
 def test_under_any_clock_nothing_goes_before_its_time_and_all_goes_after(
