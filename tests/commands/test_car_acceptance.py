@@ -12,7 +12,8 @@ import orjson
 import pytest
 
 from indexer.atproto.cid import format_cid
-from indexer.commands.car import Signer, signer_of_document, verify_car
+from indexer.commands.car import signer_of_document, verify_car
+from indexer.commands.car_walk import Signer
 from indexer.errors import BadInput
 from indexer.repo.walker import index_repo
 from tests.commands.real_repos import truth_of
