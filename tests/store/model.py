@@ -23,7 +23,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -364,13 +363,14 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.writer.state.refs.overlay == {}
         assert list(db.scan(GC_QUEUE)) == []
 
-    @precondition(lambda self: self.twin.head > 1)
     @rule(
         point_rows=st.sampled_from([0, 3, 1000]),
         step_rows=st.sampled_from([1, 2, 50]),
         group_ops=st.sampled_from([1, 20, 5000]),
     )
     def kill_and_reopen(self, point_rows: int, step_rows: int, group_ops: int) -> None:
+        if self.twin.head <= 1:  # no precondition: what is drawn must not hang on how threads went
+            return
         self.do(self.context.__aexit__, None, None, None)
         self.open(point_rows, step_rows, group_ops)
         known = [did for did in DIDS if self.store.db.repo(did) is not None]
