@@ -3,8 +3,9 @@
 An inversion that ends in a verified earlier root proves the part of the tree that it never touched, because
 that part stands in the earlier tree by its hash, in the same place. What it does touch is held to every tree
 rule as it stands in the *new* tree: form, bounds, no empty node, the root has an entry, before it is changed;
-layers at the end, by one hash (`_finish`). So a result proves nothing until it is compared with a verified
-root, nor for operations that did not pass `check_ops`.
+layers at the end, by one hash (`_finish`), where the earlier tree was verified as a whole, else node by node.
+So a result proves nothing until it is compared with a verified root, nor for operations that did not pass
+`check_ops`.
 
 Whatever touches a key that is taken out is touched: both edges beside it, to the bottom, or else a subtree
 could hang on the wrong side or the wrong layer. A node that this needs and that is not there makes the blocks
@@ -29,6 +30,7 @@ from indexer.atproto.node import (
     describe,
     encode_node,
     key_layer,
+    parse_node,
     replace_kid,
     shown,
     split_node,
@@ -88,18 +90,19 @@ def invert(
     each group by path; then the message backwards. `MissingBlock`: the nodes do not suffice. `MstError`, with
     reason ``ops``: the tree does not hold what the operations say; ``mst``: it breaks a rule; ``inversion``:
     ``expected`` is given and the result is another root. ``valid_base``: the tree at ``expected`` is known to
-    be valid as a whole, should the result be that root, so that most commits can be proven the short way.
+    be valid as a whole, should the result be that root: most commits can be proven the short way then, and
+    no key's layer has to be looked at. Of a tree that is not known so each node on the way is checked whole.
     """
     if valid_base and expected is not None and proves(root, blocks, ops, expected):
         return expected
     ordered = sorted(ops, key=_sorted_order)
     try:
-        return _Inversion(root, blocks).run(ordered, expected)
+        return _Inversion(root, blocks, valid_base).run(ordered, expected)
     except MissingBlock:
         backwards = list(reversed(ops))
         if backwards == ordered:
             raise
-        return _Inversion(root, blocks).run(backwards, expected)
+        return _Inversion(root, blocks, valid_base).run(backwards, expected)
 
 
 def _sorted_order(op: Op) -> tuple[bool, Path]:
@@ -109,10 +112,11 @@ def _sorted_order(op: Op) -> tuple[bool, Path]:
 class _Inversion:
     """One attempt, in one order."""
 
-    __slots__ = ("_blocks", "_loads", "_root")
+    __slots__ = ("_blocks", "_loads", "_root", "_valid_base")
 
-    def __init__(self, root: Cid, blocks: Mapping[Cid, bytes]) -> None:
+    def __init__(self, root: Cid, blocks: Mapping[Cid, bytes], valid_base: bool) -> None:
         self._blocks = blocks
+        self._valid_base = valid_base
         self._loads = 0
         node = load_node(root, blocks.get)
         if root == EMPTY_ROOT:
@@ -228,7 +232,8 @@ class _Inversion:
             node = kid  # type: ignore[assignment]
 
     def _load(self, cid: Cid, layer: int, low: bytes, high: bytes | None) -> _Part:
-        """The node behind ``cid``: canonical, not empty, keys within (low, high). Their layer: `_finish`."""
+        """The node behind ``cid``: canonical, not empty, keys within (low, high). Their layer and the form of
+        keys are checked here where no verified tree vouches for them, see `_finish`."""
         block = self._blocks.get(cid)
         if block is None:
             raise MissingBlock(f"{describe(cid)} is missing", cid=cid)
@@ -237,7 +242,11 @@ class _Inversion:
             raise MstError(
                 f"taking the operations back needs more than {MAX_LOADS} nodes", reason="tree_size"
             )
-        keys, values, kids = split_node(block)
+        if self._valid_base:
+            keys, values, kids = split_node(block)
+        else:
+            keys, values, kids = parse_node(block)
+            check_layer(keys, layer)
         if layer == 0 and kids.count(None) != len(kids):
             raise MstError(f"{describe(cid)} is on layer 0 and has a child")
         if not keys and kids[0] is None:
@@ -331,8 +340,9 @@ class _Inversion:
         """The root now. One hash tells whether every key that was seen is on its layer:
 
         a key of the new tree was either taken out, which `_locate` does on the key's own layer only, or it is
-        still here, where it stands in the earlier tree, as far below the top as there. That tree is verified,
-        so all is well when the top is on its layer. The same goes for the form of keys.
+        still here, where it stands in the earlier tree, as far below the top as there. Where that tree is
+        verified as a whole, all is well when the top is on its layer; so it is with the form of keys. Where it
+        is not, in ephemeral mode or when a part of it was fetched, `_load` has looked at each node.
         """
         top = self._trim()
         if top is not None:

@@ -189,8 +189,8 @@ def test_both_orders_need_the_same_nodes() -> None:
         earlier = mst.build(sorted(before.items())).root
         ops.sort(key=lambda op: (op.action != "delete", op.path))
         one, other = Recorder(nodes), Recorder(nodes)
-        assert _Inversion(root, one).run(ops, earlier) == earlier
-        assert _Inversion(root, other).run(ops[::-1], earlier) == earlier
+        assert _Inversion(root, one, True).run(ops, earlier) == earlier
+        assert _Inversion(root, other, True).run(ops[::-1], earlier) == earlier
         assert one.asked == other.asked
 
 
@@ -235,7 +235,7 @@ def test_a_node_beside_many_creates_is_decoded_once(monkeypatch: pytest.MonkeyPa
     ops = [Op("create", key, V, None) for key in high]
     for order in (ops, ops[::-1]):
         decoded.clear()
-        assert _Inversion(root, nodes).run(order, neighbour.root) == neighbour.root
+        assert _Inversion(root, nodes, True).run(order, neighbour.root) == neighbour.root
         assert decoded == [len(nodes[neighbour.root])]
 
 

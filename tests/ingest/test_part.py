@@ -17,15 +17,22 @@ from tests.ingest.forge import FAR_FUTURE, Forge
 from tests.ingest.test_pipeline import count, followed, holds, row_of
 
 #: A key that stands on another layer than its own, where nobody looked.
-ASTRAY = next(key for n in range(9) if key_layer(key := f"zz.elsewhere.thing/{n}".encode()) == 0)
+#: Behind all posts: one that belongs on the lowest layer, one that does not, one that is no key.
+LOW = next(key for n in range(9) if key_layer(key := f"zz.elsewhere.thing/{n}".encode()) == 0)
+HIGH = next(key for n in range(99) if key_layer(key := f"app.bsky.feed.post/z{n}".encode()) > 0)
+NO_KEY = next(key for n in range(9) if key_layer(key := f"app.bsky.feed.post/z{n}/".encode()) == 0)
 
 
-def test_nodes_that_were_never_verified_are_looked_at_with_the_first_commit_that_touches_them() -> None:
+@pytest.mark.parametrize(("key", "layer"), [(LOW, None), (HIGH, 0), (NO_KEY, 0)])
+def test_nodes_that_were_never_verified_are_looked_at_with_the_first_commit_that_touches_them(
+    key: bytes, layer: int | None
+) -> None:
     forge = Forge()
     forge.posts(30)
     tree = forge.account.tree
     assert tree.layer > 0
-    tree.set(ASTRAY, next(iter(forge.account.records.values())).cid, layer=tree.layer)
+    cid = next(iter(forge.account.records.values())).cid
+    tree.set(key, cid, layer=tree.layer if layer is None else layer)
     forge.parts()
     data = forge.posts(1).encode()
     items: list[Item] = [(data, forge.key, True), (data, forge.key, False)]
