@@ -341,8 +341,8 @@ class _Inversion:
 
         a key of the new tree was either taken out, which `_locate` does on the key's own layer only, or it is
         still here, where it stands in the earlier tree, as far below the top as there. Where that tree is
-        verified as a whole, all is well when the top is on its layer; so it is with the form of keys. Where it
-        is not, in ephemeral mode or when a part of it was fetched, `_load` has looked at each node.
+        verified as a whole, all is well when the top is on its layer; so it is with the form of keys. Where
+        it is not, in ephemeral mode or when a part of it was fetched, `_load` has looked at each node.
         """
         top = self._trim()
         if top is not None:
