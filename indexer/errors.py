@@ -276,7 +276,7 @@ class DriveError(IndexerError):
     """A walk through the library failed; ``__cause__`` is the error behind it.
 
     ``kind``: ``car``, ``bad_block``, ``missing_commit``, ``missing_root``, ``missing_block``, ``commit``,
-    ``signature``, ``walk``, ``disk``, ``limit``, ``time`` or ``need_disk``.
+    ``signature``, ``walk``, ``disk``, ``limit``, ``time``, ``source`` or ``need_disk``.
     """
 
     reason = "drive"

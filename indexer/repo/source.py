@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, Final, Protocol, runtime_checkable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from inspect import isawaitable
+from typing import Final, Protocol, runtime_checkable
 
 from indexer.errors import CarError, DriveError
 
 _PIECE: Final = 256 << 10
+_WRONG: Final = "not an asynchronous source of bytes: {}"
+#: What stands for the piece behind the last.
+_END: Final = object()
 
 
 @runtime_checkable
@@ -119,19 +123,49 @@ class CarReader:
         await self._pieces.aclose()
 
 
-async def _pieces(source: Source) -> Any:
+async def _pieces(source: Source) -> AsyncGenerator[bytes, None]:
     """The pieces of any source. ``read`` comes first: iterating over a stream reader gives lines."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         for at in range(0, len(source), _PIECE):
             yield bytes(source[at : at + _PIECE])
             await asyncio.sleep(0)  # others may run
     elif isinstance(source, Readable):
-        while piece := await source.read(_PIECE):
+        while piece := await _read(source):
             yield piece
     elif isinstance(source, AsyncIterable):
-        async for piece in source:
-            if not isinstance(piece, (bytes, bytearray, memoryview)):
-                raise TypeError(f"the source gave {type(piece).__name__}, not bytes")
-            yield bytes(piece)
+        with _told():
+            items = aiter(source)
+        while (item := await _next(items)) is not _END:
+            yield _checked(item)
     else:
-        raise TypeError(f"not an asynchronous source of bytes: {type(source).__name__}")
+        raise TypeError(_WRONG.format(type(source).__name__))
+
+
+async def _read(source: Readable) -> bytes:
+    with _told():
+        waiting: object = source.read(_PIECE)
+    if not isawaitable(waiting):  # a plain file
+        raise TypeError(_WRONG.format(type(source).__name__))
+    with _told():
+        piece = await waiting
+    return _checked(piece)
+
+
+async def _next(items: AsyncIterator[bytes]) -> object:
+    with _told():
+        return await anext(items, _END)
+
+
+def _checked(piece: object) -> bytes:
+    if not isinstance(piece, (bytes, bytearray, memoryview)):
+        raise TypeError(f"the source gave {type(piece).__name__}, not bytes")
+    return bytes(piece)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Whatever the source raises is its failure; what it was handed to says so."""
+    try:
+        yield
+    except Exception as error:
+        raise DriveError(f"the source failed: {type(error).__name__}: {error}", kind="source") from error

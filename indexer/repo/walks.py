@@ -52,8 +52,8 @@ def translated(commit: Commit | None = None, commit_cid: Cid = b"") -> Iterator[
     """Every error of ours inside becomes a `DriveError` whose cause it is."""
     try:
         yield
-    except (OSError, EOFError) as error:
-        raise DriveError(f"the source failed: {type(error).__name__}: {error}", kind="source") from error
+    except OSError as error:  # of a store; a source's errors are told where it is read
+        raise DriveError(f"the disk failed: {type(error).__name__}: {error}", kind="disk") from error
     except DriveError:
         raise
     except IndexerError as error:

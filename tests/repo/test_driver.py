@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import random
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import dag_cbor
 import pytest
 from hypothesis import given, settings
@@ -28,6 +30,7 @@ from indexer import (
 )
 from indexer.atproto.car import car_block, car_header
 from indexer.atproto.cid import dag_cbor_cid, raw_cid
+from indexer.errors import CarError
 from indexer.repo import stream_walk
 from tests.atproto.slow_tree import cid_of, node
 from tests.atproto.test_mst import V, key_on
@@ -153,6 +156,11 @@ async def test_any_source_of_bytes() -> None:
 
     with pytest.raises(TypeError, match="gave str"):
         await walked(words())
+
+
+async def test_a_plain_file_is_no_asynchronous_source() -> None:
+    with io.BytesIO(repository({}).car()) as file, pytest.raises(TypeError, match="source of bytes: BytesIO"):
+        await walked(file)
 
 
 @pytest.mark.parametrize("memory", [NONE, 0.01, 16])
@@ -517,13 +525,46 @@ async def test_a_walk_that_failed_has_ended_and_its_store_is_empty() -> None:
         await other.next_chunk()
 
 
-async def test_a_source_that_fails() -> None:
-    async def broken() -> AsyncIterator[bytes]:
-        yield repository({}).car()[:50]
-        raise ConnectionResetError("reset by peer")
+class Failing:
+    """A stream that gives the beginning of an archive and raises then."""
 
-    with pytest.raises(DriveError, match="reset by peer") as caught:
-        await DriverBuilder().load_car(broken())
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.left = [repository({}).car()[:50]]
+
+    async def read(self, size: int) -> bytes:
+        if not self.left:
+            raise self.error
+        return self.left.pop()
+
+    async def iterated(self) -> AsyncIterator[bytes]:
+        while True:
+            yield await self.read(1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("reset by peer"), ValueError("no such thing"), TimeoutError("too late"),
+        aiohttp.ClientPayloadError("broken off"), CarError("of its own"), DriveError("a load", kind="walk"),
+    ],
+)  # fmt: skip
+async def test_a_source_that_fails(error: Exception) -> None:
+    for source in (Failing(error), Failing(error).iterated()):
+        with pytest.raises(DriveError, match=f"the source failed: {type(error).__name__}: {error}") as caught:
+            await DriverBuilder().load_car(source)
+        assert caught.value.kind == "source"
+        assert caught.value.__cause__ is error
+
+
+async def test_a_source_that_fails_under_a_walk() -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        car = repository(bodies(3000)).car()
+        yield car[: len(car) // 2]
+        raise KeyError("gone")
+
+    with pytest.raises(DriveError, match="KeyError: 'gone'") as caught:
+        await walked(broken(), mem_limit_mb=NONE)
     assert caught.value.kind == "source"
 
 
