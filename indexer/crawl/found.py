@@ -116,8 +116,7 @@ class FoundUnit:
         new = self._queue(tx) + self._ask(tx)
         for listed in self.finding.behind:
             self._compare(tx, listed)
-        for listed in self.finding.words:
-            self._word(tx, listed)
+        new += sum(self._word(tx, listed) for listed in self.finding.words)
         position = self.after if self.after is not None else now
         # What earlier parts of the page found is in the row alone.
         tx.set_crawl_row(*self.key, list(position._replace(found=now.found + new)))
@@ -150,15 +149,21 @@ class FoundUnit:
             self.applier.store(tx, listed.did, row, row._replace(work=row.work | Work.COMPARE_REV))
             tally(tx, "behind")
 
-    def _word(self, tx: Transaction, listed: Listed) -> None:
-        """A list's word on a status: a relay's is one of its words, of a PDS's the PDS itself is asked."""
+    def _word(self, tx: Transaction, listed: Listed) -> bool:
+        """A list's word on a status: a relay's is one of its words, of a PDS's the PDS itself is asked.
+
+        Whether the account is new, for which there has to be room, as for one that is active.
+        """
         did, row = listed.did, tx.repo(listed.did)
         source = WORDS + self.lister.url
         if row is not None and listed.active:
             if not any(word.source == source and not word.active for word in tx.account_words(did)):
-                return  # it was not this list that said otherwise
+                return False  # it was not this list that said otherwise
         elif row is not None and (not row.tracked or not row.status.active):
-            return
+            return False
+        elif row is None and not self.applier.room(tx):
+            tally(tx, "unresolved_full")
+            return False
         tally(tx, "words")
         if not self.lister.of_pds:
             time = datetime.fromtimestamp(tx.now_us / 1e6, UTC).isoformat()
@@ -168,6 +173,9 @@ class FoundUnit:
             self.applier.first_row(tx, did, None)
         else:
             self.applier.store(tx, did, row, row._replace(work=row.work | Work.CHECK_STATUS))
+        new = row is None and tx.repo(did) is not None
+        tally(tx, "found", int(new))
+        return new
 
 
 @dataclass(frozen=True, slots=True)

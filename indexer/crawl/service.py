@@ -32,8 +32,10 @@ from indexer.store.writer import Writer
 
 log = structlog.get_logger()
 
-#: Time between two looks at a full queue, and until a host that is busy is looked at again, in seconds.
+#: Time between two looks at a full queue, and at one with room, which others than the crawler fill too; and
+#: until a host that is busy is looked at again; in seconds.
 _FULL_S: Final = 1.0
+_ROOM_S: Final = 10.0
 _BUSY_S: Final = 0.25
 _LONGEST_S: Final = 60.0
 
@@ -194,7 +196,7 @@ class Crawler:
     async def _has_room(self) -> bool:
         """Whether more accounts may be found. A full queue has to fall to half before that is so again."""
         now = asyncio.get_running_loop().time()
-        if self._room > 0 and not self._full:
+        if self._room > 0 and not self._full and now - self._looked_at < _ROOM_S:
             return True
         if now - self._looked_at < _FULL_S:
             return False

@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 
 from indexer.atproto.syntax import tid_from_micros
+from indexer.config import Settings
+from indexer.crawl import service
 from indexer.crawl.found import Finding, FoundUnit, Lister, MoveUnit, pieces
 from indexer.crawl.pages import BY_COLLECTION, LIST_REPOS, Listed
+from indexer.crawl.service import Crawler
 from indexer.crawl.sweep import Sweep
+from indexer.ingest.apply import Applier
 from indexer.ingest.filters import Filters
 from indexer.store.codecs import NEW_REPO, AccountStatus, RepoRow, SyncState
+from indexer.store.counts import HEARSAY
+from indexer.store.database import Database
+from indexer.store.keyspaces import CRAWL
 from tests.store.support import opened
 
 DID = "did:plc:" + "a" * 24
@@ -100,3 +107,45 @@ async def test_a_page_of_a_sweep_that_is_elsewhere_changes_nothing(tmp_path: Pat
         row = store.db.repo(DID)
         assert row is not None
         assert (row.tracked, row.state, row.due > 0) == (True, SyncState.PENDING, True)
+
+
+def applier_of(db: Database, max_unresolved: int) -> Applier:
+    settings = Settings.model_validate({"ingest": {"max_unresolved": max_unresolved}})
+    bans = SimpleNamespace(covers=lambda *_: False)
+    tools: Any = SimpleNamespace(db=db, settings=settings, bans=bans)
+    return Applier(FULL, tools, lambda *_: None, ephemeral=False)
+
+
+@pytest.mark.parametrize("of_pds", [True, False])
+async def test_accounts_that_are_not_active_are_bounded_and_counted_as_others_are(
+    tmp_path: Path, of_pds: bool
+) -> None:
+    lister = Lister("https://pds.test", LIST_REPOS, FULL, of_pds)
+    key, sweep = ("source", "s"), Sweep(started_us=5)
+    listed = [Listed(f"did:plc:{n:024}", "", False, "deactivated") for n in range(8)]
+    finding = Finding([], [], [], [*listed, *listed[:2]])  # whom it names again is known by then
+    async with opened(tmp_path) as store:
+        await store.do(lambda tx: tx.set_crawl_row(*key, list(sweep)))
+        unit = FoundUnit(key, sweep, None, finding, lister, applier_of(store.db, 5), False, {})
+        assert await store.writer.run("page", unit) == 5
+        assert (store.db.count(HEARSAY), Sweep.of(store.db.get(CRAWL, key)).found) == (5, 5)
+        assert store.db.counts("crawler/") == {
+            "crawler/found": 5, "crawler/unresolved_full": 3, "crawler/words": 5 + 2 * of_pds,
+        }  # fmt: skip
+
+
+async def test_a_queue_with_room_is_looked_at_again_since_others_fill_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.model_validate({"crawler": {"max_queued": 3}})
+    ingest: Any = SimpleNamespace(applier=None, due=0)
+    none: Any = None
+    async with opened(tmp_path) as store:
+        crawler = Crawler(store.db, store.writer, none, none, none, ingest, settings)
+        assert await crawler._has_room()
+        ingest.due = 3
+        assert await crawler._has_room()  # as was seen just now
+        monkeypatch.setattr(service, "_ROOM_S", 0.0)
+        monkeypatch.setattr(service, "_FULL_S", 0.0)
+        assert not await crawler._has_room()
+        assert crawler.status()["paused"] == "queue"
