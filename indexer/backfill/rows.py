@@ -66,8 +66,8 @@ class RequestUnit:
 
     def _asked(self, row: RepoRow, did: Did, due: Micros) -> RepoRow:
         followed = row._replace(tracked=True)
-        if self.ephemeral or did in self.busy:
-            return followed
+        if self.ephemeral or (did in self.busy and row.state is SyncState.BACKFILLING and is_waiting(row)):
+            return followed  # a job may also be under way for a row that it no longer owns: `claimed`
         if row.tracked and row.state is SyncState.SYNCED and not self.again:
             return followed
         state = SyncState.DESYNCHRONIZED if row.rev else SyncState.PENDING
@@ -125,8 +125,10 @@ class FailUnit:
 
     def __call__(self, tx: Transaction) -> None:
         row = tx.repo(self.did)
-        if row is None or not is_waiting(row) or self.epoch not in (None, row.epoch):
+        if row is None or not is_waiting(row):
             return
+        if self.epoch is not None and claimed(tx, self.did, self.epoch) is None:
+            return  # wiped, or removed and followed again: that waits for a fetch of its own
         tx.add_count(f"backfill/{self.failure.outcome}/{self.failure.reason}", 1)
         if row.hearsay and self.failure.reason == GONE:
             row = unheard_of(row, self.failure.message, tx.now_us)

@@ -111,6 +111,7 @@ class Backfill:
         self._first = False  # something was asked for that belongs in front
         self._position = ReadPosition(overlap_us=OVERLAP_US, rewind_us=REWIND_US)
         self._jobs: dict[Did, asyncio.Task[None]] = {}
+        self._asked_again: set[Did] = set()  # they wait for another job, once theirs has ended
         self._postpone_at = 0.0
         self._read_again_at = 0.0  # after the queue was read to its end
         self._wake = asyncio.Event()
@@ -129,7 +130,9 @@ class Backfill:
             unit = RequestUnit(
                 dids[start : start + STEP], frozenset(self._jobs), self._settings.ephemeral.enabled, again
             )
-            acted += await self._writer.run("backfill_request", unit)
+            changed = await self._writer.run("backfill_request", unit)
+            self._asked_again.update(did for did in changed if did in self._jobs)
+            acted += changed
         self.wake()
         return acted
 
@@ -317,6 +320,9 @@ class Backfill:
 
     def _ended(self, did: Did) -> None:
         self._jobs.pop(did, None)
+        if did in self._asked_again:  # the queue was read past it meanwhile
+            self._asked_again.discard(did)
+            self.wake()
         self._wake.set()
 
     async def _work(self, entry: Entry) -> None:

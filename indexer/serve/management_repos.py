@@ -116,7 +116,7 @@ class RepoRoutes:
         purge = Params(request.query).flag("purge")
         acted: list[Did] = []
         for step in _steps(await read_dids(request)):
-            acted += await self._change("repos_remove", step, _unfollowed, purge=purge)
+            acted += await self._change("repos_remove", step, unfollowed, purge=purge)
         return _acted_on(request, acted)
 
     async def resync(self, request: web.Request) -> web.StreamResponse:
@@ -303,8 +303,12 @@ def _followed(row: RepoRow, now_us: int) -> RepoRow | None:
     return row._replace(tracked=True, due=row.due or now_us, hearsay=False)
 
 
-def _unfollowed(row: RepoRow, _now_us: int) -> RepoRow:
-    return row._replace(tracked=False, due=0, work=0)
+def unfollowed(row: RepoRow, _now_us: int) -> RepoRow:
+    """No fetch that is under way may go on: the repository may be followed again before it ends."""
+    state = row.state
+    if state is SyncState.BACKFILLING:
+        state = SyncState.DESYNCHRONIZED if row.rev else SyncState.PENDING
+    return row._replace(tracked=False, state=state, due=0, work=0)
 
 
 def _desynchronized(row: RepoRow, now_us: int) -> RepoRow:

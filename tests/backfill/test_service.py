@@ -12,6 +12,7 @@ from indexer.atproto.types import Did
 from indexer.backfill.queue import CLAIMED_DUE
 from indexer.backfill.service import relay_origin
 from indexer.errors import WriterPoisoned
+from indexer.serve.management_repos import unfollowed
 from indexer.simulator.account import Account
 from indexer.store.codecs import NEW_REPO, SyncState
 from indexer.store.transaction import Transaction
@@ -139,6 +140,38 @@ async def test_what_is_being_worked_on_is_left_alone_by_another_request(tmp_path
         await world.running(lambda: world.row(one).state is SyncState.SYNCED)
         assert acted == [[]]
         assert host.asked == [one.did]
+
+
+@pytest.mark.limit(10)
+@pytest.mark.parametrize(("purge", "status"), [(False, 500), (False, 200), (True, 500), (True, 200)])
+async def test_what_is_removed_and_followed_again_during_its_fetch_is_fetched(
+    tmp_path: Path, purge: bool, status: int
+) -> None:
+    one = account("one", {f"{POST}3kaaaaaaaaaaa": "text"})
+    async with Host() as host, World(tmp_path, host) as world:
+        host.serve(one)
+
+        def remove(tx: Transaction) -> None:
+            row = tx.repo(one.did)
+            assert row is not None
+            assert row.state is SyncState.BACKFILLING
+            tx.set_repo(one.did, unfollowed(row, 0))
+            if purge:
+                tx.wipe_repo(one.did, row.status)
+
+        async def meanwhile(_: web.Request) -> web.StreamResponse:
+            del host.answers[one.did]
+            await world.writer.run("remove", remove)
+            assert await world.backfill.add([one.did]) == [one.did]
+            assert world.row(one).state is SyncState.PENDING
+            assert world.row(one).due > CLAIMED_DUE
+            return web.Response(status=status, body=car_of(one))
+
+        host.answers[one.did] = meanwhile
+        await world.backfill.add([one.did])
+        await world.running(lambda: world.row(one).state is SyncState.SYNCED)
+        assert host.asked == [one.did, one.did]
+        assert len(world.events(one)) == len(world.records(one)) == 1
 
 
 async def test_nothing_is_fetched_for_synced_or_unfollowed_rows_with_other_work(tmp_path: Path) -> None:
