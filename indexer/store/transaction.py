@@ -299,8 +299,9 @@ class Transaction(SideVerbs):
 
     def forget_repo(self, did: Did) -> bool:
         """Delete the row of a repository of which nothing ever was, with all that waits for it or was said of
-        it. False, with nothing changed, where there is or was something: a key, a rev, records, archived
-        CARs, an earlier life (events of which may still be replayed), a fetch under way."""
+        it; where the log called the account not active it takes that back, for one that turns up later begins
+        as active. False, with nothing changed, where there is or was something: a key, a rev, records,
+        archived CARs, an earlier life (events of which may still be replayed), a fetch under way."""
         old = self.repo(did)
         if old is None or old.signing_key or old.rev or old.epoch or old.state is SyncState.BACKFILLING:
             return False
@@ -309,6 +310,8 @@ class Transaction(SideVerbs):
         self.drop_buffered(did)
         for word in self.account_words(did):
             self.drop_account_word(did, word.source)
+        if not old.status.active:
+            self.append_event("account", did, fields={"active": True})
         if old.due:
             self.delete(PENDING, (old.due, did))
         self.tally(did, old, None)

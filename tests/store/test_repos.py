@@ -93,6 +93,19 @@ async def test_a_row_of_which_something_is_known_stays(tmp_path: Path, changes: 
         assert store.db.repo(ALICE) == row
 
 
+@pytest.mark.parametrize("status", [AccountStatus.ACTIVE, AccountStatus.TAKENDOWN])
+async def test_the_log_takes_back_what_it_said_of_a_forgotten_account(
+    tmp_path: Path, status: AccountStatus
+) -> None:
+    """Whoever follows the log knows it as a row that is opened later begins: as active."""
+    async with opened(tmp_path) as store:
+        await store.do(lambda tx: tx.set_repo(ALICE, HEARD._replace(status=status)))
+        assert await store.writer.run("forget", lambda tx: tx.forget_repo(ALICE))
+        told = [(event.kind, event.did, event.fields) for event in store.events()]
+        assert told == ([] if status.active else [("account", ALICE, {"active": True})])
+        store.assert_clean()
+
+
 async def test_a_row_with_records_or_an_earlier_life_stays(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         await store.do(
