@@ -7,6 +7,7 @@ a file whose block hashes, tree or completeness do not hold, with one error that
 from __future__ import annotations
 
 import asyncio
+import errno
 import sys
 import tempfile
 from collections import Counter
@@ -24,8 +25,19 @@ from indexer.atproto.crypto import parse_did_key
 from indexer.atproto.dagcbor import record_to_json
 from indexer.atproto.did_document import parse_did_document
 from indexer.atproto.mst import TreeBuilder, key_layer
+from indexer.atproto.syntax import is_path
 from indexer.atproto.types import Cid
-from indexer.commands.car_walk import Archive, Distinct, Room, SectionCids, Signer, Walked, walk
+from indexer.commands.car_walk import (
+    Archive,
+    Distinct,
+    Room,
+    SectionCids,
+    Signer,
+    Walked,
+    scratch_folder,
+    spilling,
+    walk,
+)
 from indexer.commands.paths import NamedPath
 from indexer.commands.progress import counted
 from indexer.errors import BadInput, CarError, DagCborError, DidDocumentInvalid
@@ -62,6 +74,12 @@ _folder = click.option(
     type=NamedPath(exists=True, file_okay=False),
     help="Where blocks go that memory does not hold, while the command runs. [default: the system's]",
 )
+_NAME_TOO_LONG: Final = "name_too_long"
+#: Reasons for which `extract --all` goes on without a record. A record key may be longer than a file's name.
+_LEFT_OUT: Final = {
+    DagCborError.reason: "without a JSON form left out (--raw has them)",
+    _NAME_TOO_LONG: "left out whose names are too long for the file system",
+}
 #: Length and header of the longest archive that is read.
 _HEAD_BYTES = DEFAULT_LIMITS.max_header + 16
 
@@ -81,8 +99,8 @@ def verify_car(
 
 def inspect_car(source: Path | bytes, room: Room = DEFAULT_ROOM) -> dict[str, Any]:
     """`verify_car` and what is inside: collections, depth of the tree, blocks that nothing needs."""
-    with tempfile.TemporaryDirectory(prefix="indexer-car-", dir=room.folder) as folder, ExitStack() as stack:
-        files = [stack.enter_context(closing(SpillFile(Path(folder)))) for _ in range(2)]
+    with scratch_folder(room) as folder, ExitStack() as stack:
+        files = [stack.enter_context(closing(SpillFile(folder))) for _ in range(2)]
         present, needed = (Distinct(file, room.memory_mib * _CID_MEMORY) for file in files)
         inside = _Inside(needed)
         walked = walk(Archive(source, SectionCids(present.add).look), None, room, inside.take)
@@ -192,9 +210,16 @@ def _print_table(values: dict[str, Any]) -> None:
             for key, count in value.items():
                 click.echo(f"  {count:>9,}  {key}")
         else:
-            shown = f"{value:,}" if isinstance(value, int) else value
-            shown = ", ".join(value) if isinstance(value, list) else shown
-            click.echo(f"{name.replace('_', ' '):<17} {shown}")
+            click.echo(f"{name.replace('_', ' '):<17} {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """One value for a person, as `repo status` writes it."""
+    if isinstance(value, list):
+        return ", ".join(value) or "-"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "-" if value is None else str(value)
 
 
 @click.group()
@@ -249,13 +274,15 @@ def ls(file: Path, prefix: str, memory_mib: int, spill_folder: Path | None, as_j
     def take(chunk: Sequence[Output]) -> None:
         # A checked path holds nothing that JSON would escape.
         rows = (form.format(path, format_cid(cid)) for path, cid, *_ in chunk if path.startswith(prefix))
-        lines.write("".join(rows).encode())
+        with spilling(room):  # it becomes a file when memory does not hold it
+            lines.write("".join(rows).encode())
 
+    room = Room(memory_mib, spill_folder)
     # Nothing is printed of a repository that does not stand every check, so the lines wait for its end.
     with tempfile.SpooledTemporaryFile(
         memory_mib << 20, dir=None if spill_folder is None else str(spill_folder)
     ) as lines:
-        walk(Archive(file), None, Room(memory_mib, spill_folder), take)
+        walk(Archive(file), None, room, take)
         lines.seek(0)
         while part := lines.read(1 << 20):
             click.echo(part, nl=False)
@@ -270,8 +297,11 @@ def ls(file: Path, prefix: str, memory_mib: int, spill_folder: Path | None, as_j
 def prove(file: Path, path: str, key: str | None, document: Path | None, as_json: bool) -> None:
     """Whether the record PATH exists, as FILE proves it: all of a repository, or what getRecord gives.
 
-    Exit code 0 also when it is proven that there is none; 1 when FILE proves neither.
+    PATH is collection/rkey. Exit code 0 also when it is proven that there is none; 1 when FILE proves
+    neither.
     """
+    if not is_path(path):
+        raise click.BadParameter(f"not collection/rkey: {path[:120]!r}", param_hint="PATH")
     signer = _signer(key, document)
     builder = DriverBuilder(
         DEFAULT_LIMITS.max_bytes >> 20, did=signer.did if signer else None, key=signer.key if signer else None
@@ -306,27 +336,25 @@ def extract(file: Path, path: str | None, everything: bool, output: Path | None,
     if everything and output is None:
         raise click.UsageError("--all needs a folder: -o DIR")
     buffer = _read(file)
-    written, unwritable = 0, []
+    written = 0
+    left_out: dict[str, list[str]] = {}
     for name, block in _records(index_repo(buffer), buffer, path):
         try:
-            content = block if raw else record_to_json(block)
-        except DagCborError as error:
-            if not everything:
+            _extract(name, block, output, raw)
+        except BadInput as error:
+            if not everything or error.reason not in _LEFT_OUT:
                 raise
-            unwritable.append(f"{name} ({error})")
-            continue
-        if output is None:
-            click.echo(content, nl=not raw)
+            told = name if error.reason == _NAME_TOO_LONG else f"{name} ({error})"
+            left_out.setdefault(error.reason, []).append(told)
         else:
-            _write(output / (name + (".cbor" if raw else ".json")), content)
-        written += 1
+            written += 1
     if not written and not everything:
         raise BadInput(f"{file} has no record {path}")
     if output is not None:
         click.echo(f"{counted(written, 'record')} written to {output}", err=True)
-    if unwritable:
-        what = counted(len(unwritable), "record")
-        raise BadInput(f"{what} without a JSON form left out (--raw has them): {', '.join(unwritable)}")
+    if left_out:
+        texts = (f"{counted(len(w), 'record')} {_LEFT_OUT[r]}: {', '.join(w)}" for r, w in left_out.items())
+        raise BadInput("; ".join(texts))
 
 
 def _records(repo: RepoIndex, buffer: bytes, path: str | None) -> Iterator[tuple[str, bytes]]:
@@ -335,10 +363,19 @@ def _records(repo: RepoIndex, buffer: bytes, path: str | None) -> Iterator[tuple
             yield name, buffer[start:end]
 
 
+def _extract(name: str, block: bytes, output: Path | None, raw: bool) -> None:
+    content = block if raw else record_to_json(block)
+    if output is None:
+        click.echo(content, nl=not raw)
+    else:
+        _write(output / (name + (".cbor" if raw else ".json")), content)
+
+
 def _write(file: Path, content: bytes) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("xb") as out:
             out.write(content)
     except OSError as error:
-        raise BadInput(f"cannot write {file}: {error.strerror}") from error
+        reason = _NAME_TOO_LONG if error.errno == errno.ENAMETOOLONG else None
+        raise BadInput(f"cannot write {file}: {error.strerror}", reason=reason) from error

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -18,7 +18,7 @@ from indexer.atproto.car import DEFAULT_LIMITS, read_header
 from indexer.atproto.cid import CID_LENGTH
 from indexer.atproto.commit import Commit
 from indexer.atproto.types import Cid, Did, DidKey
-from indexer.errors import BadInput, CarError, DriveError, OrderLost
+from indexer.errors import BadInput, CarError, DiskError, DriveError, OrderLost
 from indexer.repo.blocks import Output
 from indexer.repo.driver import Driver, DriverBuilder, WalkLimits
 from indexer.repo.loading import NeedDisk
@@ -130,9 +130,28 @@ async def _walk(
         return Walked(driver.commit, roots, driver.blocks, archive.size)
 
 
+@contextmanager
+def scratch_folder(room: Room) -> Iterator[Path]:
+    """A folder of the walk's own, deleted behind it."""
+    with spilling(room):
+        made = tempfile.TemporaryDirectory(prefix="indexer-car-", dir=room.folder)
+    with made as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def spilling(room: Room) -> Iterator[None]:
+    """What the system says of files in the place for what memory does not hold is a `DiskError`."""
+    try:
+        yield
+    except OSError as error:
+        where = room.folder or "the system's temporary folder"
+        raise DiskError(f"cannot write to {where} (--spill-folder): {error.strerror}") from error
+
+
 async def _on_disk(stack: ExitStack, need_disk: NeedDisk, room: Room) -> RecordWalk:
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="indexer-car-", dir=room.folder))
-    store = stack.enter_context(DiskBuilder(max(1, room.memory_mib // 2)).open(Path(folder) / "blocks"))
+    folder = stack.enter_context(scratch_folder(room))
+    store = stack.enter_context(DiskBuilder(max(1, room.memory_mib // 2)).open(folder / "blocks"))
     return (await need_disk.finish_loading(store))[1]
 
 

@@ -91,6 +91,16 @@ def test_prove_says_whether_a_record_exists(tmp_path: Path, capsys: pytest.Captu
     assert absent.exit_code == 0
     assert json.loads(absent.stdout)["cid"] is None
     assert "nothing is proven below it" in refusal(capsys, "prove", part, sorted(truth["records"])[0])
+    text = run("prove", repo_file("kilo.car"), "app.bsky.feed.post/0").stdout
+    assert [line.split()[1] for line in text.splitlines()[3:6]] == ["-", "False", "False"]
+    assert "present           True" in run("prove", repo_file("kilo.car"), path).stdout
+
+
+@pytest.mark.parametrize("path", ["nonsense", "app.bsky.feed.post", "app.bsky.feed.post/", "/self", "a/b/c"])
+def test_prove_refuses_what_is_no_path(path: str) -> None:
+    result = run("prove", repo_file("ten.car"), path)
+    assert result.exit_code == 2
+    assert f"not collection/rkey: {path!r}" in result.stderr
 
 
 def test_inspect_counts_what_is_inside() -> None:
@@ -156,6 +166,27 @@ def test_a_record_without_a_json_form_is_named_and_the_others_are_written(tmp_pa
     assert sorted(path.name for path in out.rglob("*.json")) == ["1.json", "3.json"]
     assert run("extract", file, "--all", "--raw", "-o", out).exit_code == 0
     assert run("extract", file, "a.b.c/1", "-o", tmp_path / "one").stderr.startswith("1 record written")
+
+
+@pytest.mark.parametrize("raw", [(), ("--raw",)])
+def test_a_record_whose_name_no_file_may_have_is_named_and_the_others_are_written(
+    tmp_path: Path, raw: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    [long] = [path for path in truth_of("kilo")["records"] if len(path) > 255]
+    result = run("extract", repo_file("kilo.car"), "--all", "-o", out, *raw)
+    assert isinstance(result.exception, BadInput)
+    what = "1 record left out whose names are too long for the file system"
+    assert str(result.exception) == f"{what}: {long}"
+    assert "999 records written to" in result.stderr
+    assert sum(1 for path in out.rglob("*") if path.is_file()) == 999
+
+
+def test_a_single_record_whose_name_no_file_may_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = next(path for path in truth_of("kilo")["records"] if len(path) > 255)
+    assert "File name too long" in refusal(capsys, "extract", repo_file("kilo.car"), path, "-o", tmp_path)
 
 
 def test_a_dash_is_standard_input() -> None:

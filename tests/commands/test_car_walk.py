@@ -15,7 +15,7 @@ from indexer.atproto.cid import dag_cbor_cid, format_cid
 from indexer.atproto.mst import build
 from indexer.commands.car import car, inspect_car, verify_car
 from indexer.commands.car_walk import Archive, Distinct, Room, SectionCids, walk
-from indexer.errors import BadInput, CarError, MissingBlock
+from indexer.errors import BadInput, CarError, DiskError, MissingBlock
 from indexer.repo.blocks import Output
 from indexer.repo.walker import index_repo
 from indexer.store.spill_file import SpillFile
@@ -36,6 +36,12 @@ def shuffled() -> bytes:
     parts = sections(KILO)
     random.Random(1).shuffle(parts)
     return header(KILO) + b"".join(parts)
+
+
+def filler(count: int) -> list[bytes]:
+    """Blocks that nothing needs."""
+    blocks = (number.to_bytes(400, "big") for number in range(count))
+    return [car_block(dag_cbor_cid(block), block) for block in blocks]
 
 
 def with_strangers() -> bytes:
@@ -105,6 +111,20 @@ def test_nothing_is_listed_of_an_archive_that_is_wrong_at_its_end(tmp_path: Path
     result = CliRunner().invoke(car, ["ls", str(file)])
     assert result.stdout == ""
     assert isinstance(result.exception, MissingBlock)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write")
+@pytest.mark.parametrize("command", ["verify", "inspect", "ls"])
+def test_a_spill_folder_that_cannot_be_written_is_named(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "shuffled.car"
+    file.write_bytes(header(KILO) + b"".join(reversed([*sections(KILO), *filler(3000)])))
+    for options in ([], ["--spill-folder", "/proc"]):
+        result = CliRunner().invoke(car, [command, str(file), "--memory-mib", "1", *options])
+        if options:
+            assert isinstance(result.exception, DiskError)
+            assert str(result.exception).startswith("cannot write to /proc (--spill-folder): ")
+        else:
+            assert result.exit_code == 0
 
 
 def test_a_walk_that_loses_the_order_goes_on_with_a_disk() -> None:
