@@ -14,6 +14,8 @@ it is read; of any other the blocks wait in memory, or on a disk that the caller
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
+from math import inf
 from typing import Final
 
 from indexer.atproto.car import Limits, read_header
@@ -75,14 +77,17 @@ class DriverBuilder:
     it take. ``processor``: a record's bytes to what is wanted of them, bytes again; it runs while the archive
     is read, and its failure stays with its record. ``did`` and ``key``: whose the repository must be, and who
     must have signed it; unchecked when None. ``streaming``: whether to walk an archive while it is read.
+    What can be none of these is a `TypeError` or `ValueError` at once.
     """
 
     def __init__(
         self, mem_limit_mb: float = 16, processor: Processor = noop, *, did: Did | None = None,
         key: DidKey | None = None, limits: WalkLimits | None = None, streaming: bool = True,
     ) -> None:  # fmt: skip
-        if mem_limit_mb < 0:
-            raise ValueError(f"mem_limit_mb is {mem_limit_mb}, below zero")
+        _check_memory(mem_limit_mb)
+        _check_processor(processor)
+        if limits is not None and not isinstance(limits, WalkLimits):
+            raise TypeError(f"limits is {limits!r}, not WalkLimits")
         self._most = int(mem_limit_mb * MIB)
         self._processor = processor
         self._did = did
@@ -132,6 +137,20 @@ class DriverBuilder:
             self._did,
             self._key,
         )
+
+
+def _check_memory(mem_limit_mb: object) -> None:
+    if not isinstance(mem_limit_mb, (int, float)):
+        raise TypeError(f"mem_limit_mb is {mem_limit_mb!r}, not a number")
+    if not 0 <= mem_limit_mb < inf:
+        raise ValueError(f"mem_limit_mb is {mem_limit_mb}, below zero or no finite number")
+
+
+def _check_processor(processor: object) -> None:
+    if not callable(processor):
+        raise TypeError(f"processor is {processor!r}, not a function of bytes that returns bytes")
+    if iscoroutinefunction(processor) or iscoroutinefunction(getattr(processor, "__call__", None)):  # noqa: B004
+        raise TypeError(f"processor is the coroutine function {processor!r}; it must return bytes at once")
 
 
 async def _load(plan: Plan, reader: CarReader, streaming: bool) -> Driver.Memory | Driver.Disk:

@@ -90,6 +90,8 @@ class RecordWalk(ABC):
 
     async def next_chunk(self, size: int = 1000) -> list[Output] | None:
         """The next ``size`` records (the last chunk may be shorter), None when there are no more."""
+        if not isinstance(size, int):
+            raise TypeError(f"the size of a chunk is {size!r}, not a whole number")
         if size < 1:
             raise ValueError(f"a chunk of {size} records")
         return await self._guarded(self._chunk(size)) or None

@@ -41,6 +41,10 @@ class DiskBuilder:
     their CIDs)."""
 
     def __init__(self, cache_mb: int = 32, max_stored_mb: float = 10240) -> None:
+        if not (isinstance(cache_mb, int) and isinstance(max_stored_mb, (int, float))):
+            raise TypeError(
+                f"cache_mb is {cache_mb!r} and max_stored_mb {max_stored_mb!r}: a whole number and a number"
+            )
         if cache_mb < 1 or not 0 <= max_stored_mb < _LARGEST_MIB:
             raise ValueError(
                 f"cache_mb is {cache_mb} and max_stored_mb {max_stored_mb}: at least 1, and from 0 to below "

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from multiformats import CID
 
 from indexer import (
+    DiskBuilder,
     DriveError,
     Driver,
     DriverBuilder,
@@ -523,6 +524,50 @@ async def test_a_walk_that_failed_has_ended_and_its_store_is_empty() -> None:
     await other.close()
     with pytest.raises(DriveError, match="closed"):
         await other.next_chunk()
+
+
+async def coroutine(block: bytes) -> bytes:
+    return block
+
+
+class Coroutine:
+    async def __call__(self, block: bytes) -> bytes:
+        return block
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"processor": 5}, "processor is 5, not a function of bytes"),
+        ({"processor": None}, "processor is None"),
+        ({"processor": coroutine}, "processor is the coroutine function"),
+        ({"processor": Coroutine()}, "processor is the coroutine function"),
+        ({"mem_limit_mb": "x"}, "mem_limit_mb is 'x', not a number"),
+        ({"mem_limit_mb": -1}, "mem_limit_mb is -1, below zero"),
+        ({"mem_limit_mb": float("nan")}, "mem_limit_mb is nan, below zero or no finite"),
+        ({"mem_limit_mb": float("inf")}, "mem_limit_mb is inf, below zero or no finite"),
+        ({"limits": 5}, "limits is 5, not WalkLimits"),
+    ],
+)
+def test_a_builder_refuses_what_cannot_be(options: dict[str, Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        DriverBuilder(**options)
+
+
+@pytest.mark.parametrize("size", ["x", 2.5, None, 0, -1])
+async def test_a_chunk_has_a_size(size: Any) -> None:
+    walk = await opened(repository({}).car())
+    with pytest.raises(
+        (TypeError, ValueError), match=f"{size!r}, not a whole number|a chunk of {size} records"
+    ):
+        await walk.next_chunk(size)
+    assert await walk.next_chunk() is None  # it stands
+
+
+def test_a_disk_refuses_what_is_no_number() -> None:
+    for options in ({"cache_mb": "x"}, {"max_stored_mb": "x"}, {"cache_mb": 1.5}):
+        with pytest.raises(TypeError, match="a whole number and a number"):
+            DiskBuilder(**options)
 
 
 class Failing:
