@@ -4,7 +4,9 @@ Owns the rounds: `getRecord` for the signed root and a way into the tree, then `
 (`repo.ranges`) misses, until nothing is. What comes is hashed and checked in its place; the file is proven
 once more, as a whole CAR is, before anything of it counts. A repository that moves on meanwhile is gone on
 with from its newer root, and what was fetched is kept. Where a part is not to be had, or not worth it,
-`Unfit` says so and the whole is fetched. Leaves out whom to ask and what a failure means. Event loop only.
+`Unfit` says so and the whole is fetched. However large the repository, the event loop is never held up for
+longer than a step, and memory is bounded by what the rounds can fetch. Leaves out whom to ask and what a
+failure means. Event loop only.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from errno import ENOSPC
+from itertools import chain
 from pathlib import Path as FilePath
 from typing import Final, NamedTuple
 from urllib.parse import quote
@@ -23,6 +26,7 @@ from urllib.parse import quote
 from indexer.atproto.car import CarSplitter, Limits, car_block, car_header
 from indexer.atproto.cid import format_cid
 from indexer.atproto.mst import EMPTY_ROOT, TreeLimits
+from indexer.atproto.node import MAX_LAYER
 from indexer.atproto.types import Cid, Did, DidKey
 from indexer.backfill.budget import Share
 from indexer.backfill.fetch import Fetched, Part, refuse
@@ -41,6 +45,9 @@ GET_RECORD: Final = "/xrpc/com.atproto.sync.getRecord?did="
 GET_BLOCKS: Final = "/xrpc/com.atproto.sync.getBlocks?did="
 #: The status that may be about the blocks that were asked for: the repository may have moved on.
 _NOT_THERE: Final = 400
+#: Most blocks of a proof: commit, record, the way to it and the ways to its neighbours on both sides. A host
+#: that sends more does not prove single records.
+_PROOF_BLOCKS: Final = 2 + 3 * (MAX_LAYER + 1)
 #: As the client names a body beyond its limit.
 TOO_LARGE: Final = "TooLarge"
 
@@ -95,6 +102,25 @@ def unfit(estimate: Estimate, settings: BackfillSettings, rounds: int, *, first:
     if estimate.wanted > rounds * settings.sparse_parallel * settings.sparse_blocks:
         return "rounds"
     return ""
+
+
+async def go_through(
+    plan: RangePlan,
+    steps: Iterable[None],
+    settings: BackfillSettings,
+    rounds: int,
+    now: Callable[[], float],
+) -> None:
+    """Takes the steps of a plan, and lets others go on in between. `Unfit` as soon as the plan misses more
+    than the ``rounds`` that are left can bring, or has found more records than all of them could."""
+    portion = settings.sparse_parallel * settings.sparse_blocks
+    begun = now()
+    for _ in chain(steps, (None,)):
+        if plan.pending > rounds * portion or plan.found > settings.sparse_rounds * portion:
+            raise Unfit("rounds")
+        if now() - begun >= settings.sparse_step:
+            await asyncio.sleep(0)
+            begun = now()
 
 
 class SpooledBlocks:
@@ -190,22 +216,21 @@ class _Fetch:
         self._root: Cid = b""
         self._rev = ""
         self._restarts = 0
+        self._rounds = tools.settings.sparse_rounds  # that are left
         self._url = ask.origin
         self._plan: RangePlan
 
     async def run(self) -> Fetched:
         settings, ask = self._settings, self._ask
         await self._begin()
-        for number in range(settings.sparse_rounds):
-            wanted = self._plan.missing(settings.sparse_blocks * settings.sparse_parallel)
-            if not wanted:
-                return Fetched(ask.car, self._blocks.size, None, self._url, ask.part)
-            left = settings.sparse_rounds - number
-            if reason := unfit(self._plan.estimate(), settings, left, first=not number):
+        while wanted := self._plan.missing(settings.sparse_blocks * settings.sparse_parallel):
+            first = self._rounds == settings.sparse_rounds
+            if reason := unfit(self._plan.estimate(), settings, self._rounds, first=first):
                 raise Unfit(reason)
+            self._rounds -= 1
             if not await self._round(wanted):
                 await self._begin_anew()
-        raise Unfit("rounds")
+        return Fetched(ask.car, self._blocks.size, None, self._url, ask.part)
 
     async def _begin(self) -> None:
         """The signed root, and what lies on the way to the first range."""
@@ -227,6 +252,11 @@ class _Fetch:
         self._blocks.set_root(self._root)
         limits = TreeLimits(self._settings.max_nodes)
         self._plan = RangePlan(commit.data, ask.part.ranges, self._blocks, limits)
+        await self._go_through(self._plan.begin())
+
+    async def _go_through(self, steps: Iterable[None]) -> None:
+        self._ask.share.waits(None)  # that takes our own time, not the host's
+        await go_through(self._plan, steps, self._settings, self._rounds, self._now)
 
     def _base(self, path: str) -> str:
         return f"{self._ask.origin.rstrip('/')}{path}{quote(self._ask.did, safe=':')}"
@@ -258,7 +288,7 @@ class _Fetch:
             await asyncio.gather(*workers, return_exceptions=True)
             for _ in range(more):
                 hosts.release(self._host)
-        self._plan.advance(wanted)
+        await self._go_through(self._plan.steps(wanted))
         return all(cid in self._blocks for cid in wanted)
 
     async def _ask_for(self, portions: deque[Sequence[Cid]]) -> None:

@@ -4,13 +4,14 @@ Owns the way from patterns of collections to ranges, and the plan that names the
 still missing. Every node is checked in its place before what it links to is wanted, and a subtree is only
 passed over when its parent's keys show that it lies outside of every range: so when the plan is done, nothing
 of the ranges is missing. It also says how much of the tree lies in the ranges, by the layers seen so far.
+It goes on in steps of one node, so that whoever drives it can stop or let others go on in between.
 Pure, any thread.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
@@ -93,7 +94,10 @@ class _Links(NamedTuple):
 
 
 class RangePlan:
-    """The blocks that ``ranges`` of the tree at ``root`` need and ``known`` does not have."""
+    """The blocks that ``ranges`` of the tree at ``root`` need and ``known`` does not have.
+
+    It begins with the root among the missing: what is known already is gone through by the first `steps`.
+    """
 
     def __init__(
         self, root: Cid, ranges: Sequence[Range], known: Known, limits: TreeLimits = DEFAULT_LIMITS
@@ -108,30 +112,47 @@ class RangePlan:
         self._found: dict[int, int] = {}  # layer → records in the ranges
         self._links: dict[int, _Links] = {}  # by the layer of the parents
         self._top = (-1, 0)  # layer and entries of the root
-        self.advance([root])
+        self._ready: list[Cid] = []  # nodes that are known and not yet looked at
+        self._name: Nsid = ""  # the collection that was found valid last
+        self.found = 0  # keys in the ranges
 
     @property
     def done(self) -> bool:
         return not self._nodes and not self._records
+
+    @property
+    def pending(self) -> int:
+        """How many blocks are missing at least, while `steps` are under way: more may turn out to be."""
+        return len(self._nodes) + len(self._records) - len(self._ready)
 
     def missing(self, most: int) -> list[Cid]:
         """What to ask for next: nodes, because they lead to more, then records."""
         cids = list(islice(self._nodes, most))
         return cids + list(islice(self._records, most - len(cids)))
 
-    def advance(self, arrived: Iterable[Cid]) -> None:
-        """Goes on with blocks that are known now. Raises `MstError` for a node that may not stand there."""
-        ready: list[Cid] = []
-        for cid in arrived:
+    def begin(self) -> Iterator[None]:
+        """`steps` with the root, once it is known."""
+        return self.steps(list(self._nodes))
+
+    def steps(self, arrived: Iterable[Cid]) -> Iterator[None]:
+        """Goes on with blocks that are known now, by one node a step. Raises `MstError` for a node that may
+        not stand there."""
+        for cid in dict.fromkeys(arrived):
             if cid in self._known:
                 self._records.pop(cid, None)
                 if cid in self._nodes:
-                    ready.append(cid)
-        while ready:
-            cid = ready.pop()
+                    self._ready.append(cid)
+        while self._ready:
+            cid = self._ready.pop()
             block = self._known.get(cid)
-            if block is not None and cid in self._nodes:
-                ready += self._enter(cid, block, self._nodes.pop(cid))
+            if block is not None:
+                self._ready += self._enter(cid, block, self._nodes.pop(cid))
+            yield
+
+    def advance(self, arrived: Iterable[Cid]) -> None:
+        """All `steps` at once: for trees that are known to be small."""
+        for _ in self.steps(arrived):
+            pass
 
     def estimate(self) -> Estimate:
         """Of the layers of which every wanted node was seen."""
@@ -197,8 +218,9 @@ class RangePlan:
         return node, place
 
     def _want_record(self, key: bytes, value: Cid, layer: int) -> None:
-        check_path(key.decode("ascii"), "")
+        self._name = check_path(key.decode("ascii"), self._name)
         self._found[layer] = self._found.get(layer, 0) + 1
+        self.found += 1
         if value not in self._known:
             self._records[value] = None
 

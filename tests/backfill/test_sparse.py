@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from indexer.atproto.cid import dag_cbor_cid
+from indexer.atproto.mst import build
 from indexer.backfill.hosts import host_of
-from indexer.backfill.sparse import unfit
+from indexer.backfill.sparse import Unfit, go_through, unfit
 from indexer.config import BackfillSettings
 from indexer.errors import WriterPoisoned
-from indexer.repo.ranges import Estimate
+from indexer.repo.ranges import Estimate, RangePlan, ranges_of
 from indexer.simulator.account import Account
 from indexer.simulator.keys import SigningKey
 from indexer.store.codecs import SyncState
@@ -121,6 +125,43 @@ def test_when_the_whole_repository_is_the_better_choice(
     estimate: Estimate, rounds: int, first: bool, reason: str
 ) -> None:
     assert unfit(estimate, BackfillSettings(), rounds, first=first) == reason
+
+
+async def test_a_plan_holds_nothing_up_and_ends_once_it_misses_more_than_can_be_fetched() -> None:
+    """Whatever a host sends in one round: others go on between its nodes, and not all of them are read."""
+    paths = [f"{LIKE}/{number:04d}" for number in range(400)]
+    tree = build([(path, dag_cbor_cid(path.encode())) for path in paths])
+    turns, wanted = 0, ranges_of([LIKE])
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def taken(rounds: int, **changes: int) -> RangePlan:
+        plan = RangePlan(tree.root, wanted, tree.nodes)
+        settings = BackfillSettings(sparse_blocks=100, sparse_parallel=1, **changes)
+        await go_through(plan, plan.begin(), settings, rounds, partial(next, count()))
+        return plan
+
+    waiting = asyncio.create_task(others())
+    try:
+        assert len((await taken(4, sparse_step=1)).missing(500)) == 400
+        assert turns >= len(tree.nodes)
+        turns = 0
+        assert (await taken(4, sparse_step=100_000)).pending == 400
+        assert turns <= 1
+    finally:
+        waiting.cancel()
+    with pytest.raises(Unfit, match="rounds"):
+        await taken(3)
+    same = build([(path, dag_cbor_cid(b"the same")) for path in paths])
+    plan = RangePlan(same.root, wanted, same.nodes)
+    settings = BackfillSettings(sparse_blocks=100, sparse_parallel=1, sparse_rounds=3)
+    with pytest.raises(Unfit, match="rounds"):
+        await go_through(plan, plan.begin(), settings, 3, partial(next, count()))
+    assert 300 < plan.found < 400
 
 
 @pytest.mark.slow

@@ -275,7 +275,9 @@ class _Said(dict[bytes, bytes]):
 def _ranged(root: bytes, nodes: Mapping[bytes, bytes]) -> None:
     """A plan finds all nodes of its ranges exactly where walks of them do."""
     try:
-        planned = RangePlan(root, _RANGES, _Said(nodes)).done
+        plan = RangePlan(root, _RANGES, _Said(nodes))
+        plan.advance([root])
+        planned = plan.done
     except MstError:
         planned = False
     try:

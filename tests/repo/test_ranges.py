@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import pytest
@@ -27,10 +27,17 @@ RECORDS = {
 TREE = build(sorted(RECORDS.items()))
 
 
+def plan_of(root: bytes, ranges: Sequence[Range], known: Mapping[bytes, bytes]) -> RangePlan:
+    """A plan that went through all that is known."""
+    plan = RangePlan(root, ranges, known)
+    plan.advance([root])
+    return plan
+
+
 def fetched(ranges: Sequence[Range], most: int = 7) -> tuple[RangePlan, set[bytes]]:
     """The plan once nothing is missing, and what it asked for."""
     known: dict[bytes, bytes] = {}
-    plan, asked = RangePlan(TREE.root, ranges, known), set[bytes]()
+    plan, asked = plan_of(TREE.root, ranges, known), set[bytes]()
     while wanted := plan.missing(most):
         assert not plan.done
         assert asked.isdisjoint(wanted)
@@ -76,15 +83,41 @@ def test_a_plan_asks_for_what_walks_need_and_for_nothing_else(patterns: list[str
 
 def test_what_is_known_is_not_asked_for() -> None:
     ranges = ranges_of(["a.b.d"])
-    plan = RangePlan(TREE.root, ranges, TREE.nodes)
+    plan = plan_of(TREE.root, ranges, TREE.nodes)
     assert set(plan.missing(1000)) == {cid for path, cid in RECORDS.items() if path.startswith("a.b.d/")}
     known = {**TREE.nodes, **dict.fromkeys(RECORDS.values(), b"record")}
-    assert RangePlan(TREE.root, ranges, known).done
+    assert plan_of(TREE.root, ranges, known).done
+
+
+class Looked(dict[bytes, bytes]):
+    """Known blocks, and which of them were looked at."""
+
+    def __init__(self, blocks: Mapping[bytes, bytes]) -> None:
+        super().__init__(blocks)
+        self.at: list[bytes] = []
+
+    def get(self, cid: bytes, default: object = None) -> bytes | None:  # type: ignore[override]
+        self.at.append(cid)
+        return super().get(cid)
+
+
+def test_it_goes_on_by_one_node_a_step_and_tells_what_is_missing_at_least() -> None:
+    known = Looked(TREE.nodes)
+    plan = RangePlan(TREE.root, ranges_of(["a.*", "ab.*"]), known)
+    assert (known.at, plan.missing(10)) == ([], [TREE.root])
+    records = 0
+    for number, _ in enumerate(plan.begin(), 1):
+        assert len(known.at) == number
+        assert records <= plan.pending == plan.found
+        records = plan.found
+    assert (len(known.at), records) == (len(TREE.nodes), len(RECORDS))
+    plan.advance([])
+    assert plan.pending == len(plan.missing(1000)) == len(RECORDS)
 
 
 def test_an_empty_repository_needs_its_root_alone() -> None:
     empty = build([])
-    plan = RangePlan(empty.root, ranges_of(["a.b.d"]), empty.nodes)
+    plan = plan_of(empty.root, ranges_of(["a.b.d"]), empty.nodes)
     assert plan.done
     assert plan.estimate().wanted == 0
 
@@ -94,19 +127,19 @@ def test_the_part_that_is_wanted_is_estimated_from_the_upper_layers() -> None:
     records = {path: dag_cbor_cid(path.encode()) for path in paths}
     tree = build(sorted(records.items()))
     known: dict[bytes, bytes] = {}
-    plan = RangePlan(tree.root, ranges_of(["a.b.d"]), known)
+    plan = plan_of(tree.root, ranges_of(["a.b.d"]), known)
     for _ in range(4):
         wanted = plan.missing(10_000)
         known.update({cid: tree.nodes.get(cid, b"record") for cid in wanted})
         plan.advance(wanted)
     top = {tree.root: tree.nodes[tree.root]}
-    assert not RangePlan(tree.root, ranges_of(["a.b.d"]), top).estimate().sure
+    assert not plan_of(tree.root, ranges_of(["a.b.d"]), top).estimate().sure
     found = plan.estimate()
     assert found.sure
     assert 200 < found.wanted < 1200
     assert 1000 < found.total < 16_000
     assert 0.04 < found.share < 0.4
-    everything = RangePlan(tree.root, ranges_of(["a.*", "ab.*"]), tree.nodes).estimate()
+    everything = plan_of(tree.root, ranges_of(["a.*", "ab.*"]), tree.nodes).estimate()
     assert everything.share > 0.99
     assert everything.wanted == len(records)
 
@@ -115,7 +148,7 @@ def test_the_part_that_is_wanted_is_estimated_from_the_upper_layers() -> None:
 def test_a_node_that_may_not_stand_there_is_refused(level: int) -> None:
     other = build(sorted((f"x.y.z/{number}", cid) for number, cid in enumerate(RECORDS.values())))
     known: dict[bytes, bytes] = {}
-    plan = RangePlan(TREE.root, ranges_of(["a.*"]), known)
+    plan = plan_of(TREE.root, ranges_of(["a.*"]), known)
     for _ in range(level):
         wanted = [cid for cid in plan.missing(1000) if cid in TREE.nodes]
         known.update({cid: TREE.nodes[cid] for cid in wanted})
@@ -131,4 +164,4 @@ def test_a_subtree_under_two_parents_is_refused_however_often_it_is_linked() -> 
     kid = next(kid for kid in root.kids if kid is not None)
     block = encode_node(root.keys, root.values, [kid] * len(root.kids))
     with pytest.raises(MstError, match="linked twice"):
-        RangePlan(dag_cbor_cid(block), ranges_of(["a.*", "ab.*"]), {dag_cbor_cid(block): block})
+        plan_of(dag_cbor_cid(block), ranges_of(["a.*", "ab.*"]), {dag_cbor_cid(block): block})
