@@ -242,6 +242,9 @@ class BackfillSettings(Section):
     sparse_parallel: int = Field(4, ge=1, le=64, description="such requests at one time for one repository")
     sparse_rounds: int = Field(128, ge=1, description="rounds of such requests after which all is fetched")
     sparse_mib: int = Field(64, ge=1, description="most bytes received for a part; beyond, all is fetched")
+    sparse_proof_kib: int = Field(
+        1024, ge=1, description="most bytes of a proof that leads into the tree; beyond, all is fetched"
+    )
     sparse_step: Duration = Field(
         0.01, ge=0, description="time for the nodes of a part until everything else gets its turn"
     )

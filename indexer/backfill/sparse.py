@@ -241,7 +241,9 @@ class _Fetch:
         except FetchRefused as error:
             if error.name in ACCOUNT_ANSWERS:
                 raise
-            raise Unfit("bytes" if error.name == TOO_LARGE else "no_proofs", host=True) from error
+            if error.name == TOO_LARGE:  # our bound, and this account's nodes
+                raise Unfit("bytes") from error
+            raise Unfit("no_proofs", host=True) from error
         block = self._blocks.get(roots[0]) if roots else None
         if block is None:
             raise CarError("a proof without its commit", reason="car")
@@ -324,11 +326,13 @@ class _Fetch:
             await asyncio.sleep(wait)
 
     async def _answer(self, url: str, asked: set[Cid] | None) -> tuple[Cid, ...]:
-        """The roots of a CAR, whose blocks (those ``asked`` for; None: all) are kept."""
+        """The roots of a CAR, whose blocks (those ``asked`` for; None: all those of a proof) are kept."""
         settings, share = self._settings, self._ask.share
         left = (settings.sparse_mib << 20) - self._received
         if left <= 0:
             raise Unfit("bytes")
+        if asked is None:
+            left = min(left, settings.sparse_proof_kib << 10)
         request = self._tools.http.stream(url, max_bytes=left, gzip=settings.gzip, proxied=True)
         share.waits(self._now())  # answers are small: what they bring is counted, and waits before the next
         splitter = CarSplitter(Limits(max_bytes=left))
@@ -338,6 +342,8 @@ class _Fetch:
                 await refuse(response, self._ask.origin)
             async for chunk in response.chunks:
                 blocks = splitter.feed(chunk)
+                if asked is None and splitter.blocks > _PROOF_BLOCKS:
+                    raise Unfit("no_proofs", host=True)
                 self._blocks.add(blocks if asked is None else [item for item in blocks if item[0] in asked])
                 self._received += len(chunk)
                 share.add(len(chunk))

@@ -360,6 +360,30 @@ async def test_lies_about_parts_are_met_by_fetching_the_whole(tmp_path: Path) ->
             assert not world.backfill.tools.hosts.gives_parts(host_of(host.url))
 
 
+def junk(count: int, size: int) -> Blocks:
+    made = [number.to_bytes(4, "big") * (size // 4) for number in range(count)]
+    return [(dag_cbor_cid(block), block) for block in made]
+
+
+@pytest.mark.parametrize(
+    ("more", "reason", "parts"),
+    [((400, 8), "no_proofs", False), ((4, 300_000), "bytes", True)],
+    ids=["blocks", "bytes"],
+)
+async def test_what_a_proof_brings_along_is_bounded(
+    tmp_path: Path, more: tuple[int, int], reason: str, parts: bool
+) -> None:
+    """By number, and what sends more of them is no proof; and by bytes, which is no fault of the host."""
+    one = account("one", records(20))
+    async with PartHost() as host, world_of(tmp_path, host, LIKE) as world:
+        host.spoil_proof = lambda blocks: [*blocks, *junk(*more)]
+        host.serve(one)
+        row = await world.fetch(one)
+        assert (world.records(one), row.sparse) == (wanted(one, LIKE), False)
+        assert (outcome(world), host.asked) == ((0, {reason: 1}), [one.did])
+        assert world.backfill.tools.hosts.gives_parts(host_of(host.url)) is parts
+
+
 @pytest.mark.slow
 async def test_a_proof_that_leaves_nodes_out_proves_no_absence(tmp_path: Path) -> None:
     """The commit and the root alone: what lies below is asked for, not taken for absent."""
