@@ -13,7 +13,7 @@ leaves `Work.DRAIN`, and the ingest side replays the frames.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Final, NamedTuple
@@ -34,6 +34,9 @@ from indexer.store.writer import Writer
 
 #: Blocks are read together unless so many times their bytes lie between the first and the last.
 _SPARSE: Final = 4
+#: A block of so many bytes is written once, under however many keys it stands. Of each a number is kept, at most
+#: 4 % of the CAR; writing smaller ones again costs no more than some rows do.
+_LARGE: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,12 @@ async def apply_repo(db: Database, writer: Writer, plan: Plan, bounds: Bounds) -
 
 class CarBlocks:
     """Blocks out of a CAR, of a file those that lie together with one read: a mapped file would count as
-    memory as far as it was touched. A context manager."""
+    memory as far as it was touched. Large ones are given out by one `read` only. A context manager."""
 
     def __init__(self, car: FilePath | bytes) -> None:
         self._held = car if isinstance(car, bytes) else b""
         self._file = None if isinstance(car, bytes) else car.open("rb", buffering=0)
+        self._given: set[int] = set()  # where large blocks begin that an earlier unit has written
 
     def __enter__(self) -> CarBlocks:
         return self
@@ -99,22 +103,26 @@ class CarBlocks:
             self._file.close()
 
     def read(self, entries: Sequence[IndexEntry]) -> list[NewRecord]:
-        """The records; an oversize one without its block, which is not stored."""
-        size = sum(end - start for _path, _cid, start, end, flags in entries if not flags & OVERSIZE)
-        first = min((entry[2] for entry in entries), default=0)
-        last = max((entry[3] for entry in entries), default=0)
-        if last - first <= _SPARSE * size:
-            data = self._bytes(first, last)
-        else:
-            data, first = b"", 0
-        records: list[NewRecord] = []
-        for path, cid, start, end, flags in entries:
-            if flags & OVERSIZE:
-                block = b""
-            else:
-                block = data[start - first : end - first] if data else self._bytes(start, end)
-            records.append((path, cid, block, flags))
-        return records
+        """The records; an oversize one without its block, which is not stored, and one whose block was given
+        already without it too."""
+        spans = {
+            start: end
+            for _path, _cid, start, end, flags in entries
+            if not flags & OVERSIZE and start not in self._given
+        }
+        blocks = self._blocks(spans)
+        self._given.update(start for start, end in spans.items() if end - start >= _LARGE)
+        return [(path, cid, blocks.get(start, b""), flags) for path, cid, start, _end, flags in entries]
+
+    def _blocks(self, spans: Mapping[int, int]) -> dict[int, bytes]:
+        """Blocks by where they begin, from beginnings and ends."""
+        if not spans:
+            return {}
+        first, last = min(spans), max(spans.values())
+        if last - first > _SPARSE * (sum(spans.values()) - sum(spans)):
+            return {start: self._bytes(start, end) for start, end in spans.items()}
+        data = self._bytes(first, last)
+        return {start: data[start - first : end - first] for start, end in spans.items()}
 
     def _bytes(self, start: int, end: int) -> bytes:
         if self._file is None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from indexer.atproto.types import Nsid, Path
+from indexer.atproto.types import Cid, Nsid, Path
 from indexer.backfill.verify import IndexEntry
 from indexer.store.codecs import RecordRow
 
@@ -84,7 +83,7 @@ def _same(entry: IndexEntry, row: RecordRow) -> bool:
 
 def joined(steps: Iterator[Changes], size: int, most_bytes: int) -> Iterator[tuple[Changes, bool]]:
     """``steps`` joined and cut into units, each with whether it is the last: at most ``size`` changes, and
-    ``most_bytes`` of blocks unless a single one is larger.
+    ``most_bytes`` of different blocks unless a single one is larger.
 
     There is always a last one, be it empty.
     """
@@ -102,9 +101,17 @@ def joined(steps: Iterator[Changes], size: int, most_bytes: int) -> Iterator[tup
 
 
 def _leading(puts: list[IndexEntry], size: int, most_bytes: int) -> int:
-    """How many of the first puts fit into a unit; one always does."""
+    """How many of the first puts fit into a unit; one always does. A block may stand under any number of
+    keys, and is written once."""
     count = min(len(puts), size)
     if sum(put[3] - put[2] for put in puts[:count]) <= most_bytes:
         return count
-    ends = accumulate(put[3] - put[2] for put in puts[:count])
-    return max(1, sum(1 for end in ends if end <= most_bytes))
+    seen: set[Cid] = set()
+    left = most_bytes
+    for number, (_path, cid, start, end, _flags) in enumerate(puts[:count]):
+        if cid not in seen:
+            seen.add(cid)
+            left -= end - start
+            if left < 0:
+                return max(1, number)
+    return count

@@ -95,7 +95,8 @@ class Transaction(SideVerbs):
 
     def put_records(self, did: Did, rev: Rev, records: Sequence[NewRecord], *, live: bool) -> None:
         """As `put_record` for each of ``records`` (in key order), at a fraction of its cost where none of
-        them, and nothing between them, is stored: a repository that is fetched for the first time."""
+        them, and nothing between them, is stored: a repository that is fetched for the first time. An empty
+        block is one that is kept already, for a record that stays."""
         if not self._put_new(did, rev, records, live):
             for path, cid, block, flags in records:
                 self.put_record(did, path, cid, block, rev, live=live, flags=flags)
@@ -116,7 +117,8 @@ class Transaction(SideVerbs):
             return False
         epoch = self._epoch(did)
         if self._keep_blocks:
-            self._keep_all(did, epoch, cids, {prefix + record[1]: record[2] for record in records})
+            blocks = {prefix + record[1]: record[2] for record in records if record[2]}
+            self._keep_all(did, epoch, cids, blocks)
         self._create_events(did, epoch, rev, records, live)
         self.ops += len(records)
         return True
@@ -210,10 +212,11 @@ class Transaction(SideVerbs):
         return True
 
     def _keep(self, did: Did, epoch: int, cid: Cid, block: bytes, references: int) -> None:
-        rows = self._block_rows
-        key = did.encode() + b"\0" + cid
-        self._undo.append((rows, key, rows.get(key, MISSING)))
-        rows[key] = block
+        if block:
+            rows = self._block_rows
+            key = did.encode() + b"\0" + cid
+            self._undo.append((rows, key, rows.get(key, MISSING)))
+            rows[key] = block
         self.ops += 1
         self.size += len(block) + 200
         self.ref(did, epoch, cid, references)

@@ -16,6 +16,7 @@ from indexer.backfill.fetch import Intake, Spool
 from indexer.pool import Pool
 from indexer.simulator.account import Account
 from indexer.simulator.keys import SigningKey
+from indexer.store.check import check
 from indexer.store.codecs import AccountStatus, SyncState, Work
 from indexer.store.transaction import Transaction
 from tests.backfill.world import Host, World, account, answer_car, cids_of, edit, rev
@@ -46,6 +47,29 @@ async def test_a_requested_repository_is_fetched_and_synced(tmp_path: Path) -> N
         assert world.spooled() == []
         assert world.db.count("backfill/done/ok") == 1
         assert world.backfill.status()["done"] == 1
+
+
+async def test_a_large_record_under_many_keys_is_written_once(tmp_path: Path) -> None:
+    text, more = "x" * 50_000, "y" * 50_000
+    one = account("one", {f"{POST}3kaaaaaaaa{n:03}": (text, more)[n % 2] for n in range(120)})
+    units: list[str] = []
+
+    async def count(name: str) -> None:
+        units.append(name)
+
+    async with (
+        Host() as host,
+        World(tmp_path, host, backfill={"chunk_records": 20, "chunk_kib": 128}) as world,
+    ):
+        host.serve(one)
+        world.writer.hook = count
+        await world.fetch(one)
+        assert units.count("backfill_apply") <= 120 // 20 + 1
+        log = sum(path.stat().st_size for path in world.db.path.glob("*.log"))
+        assert 2 * 50_000 < log < 5 * 50_000
+        assert world.records(one) == cids_of(one)
+        assert all(world.db.block(one.did, cid) for cid in cids_of(one).values())
+        assert check(world.db).problems == []
 
 
 async def test_only_a_car_beyond_the_memory_for_one_is_spooled(
