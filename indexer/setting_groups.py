@@ -22,6 +22,7 @@ from indexer.setting_values import (
     Proxies,
     Retention,
     Tiers,
+    check_order,
     parse_host_rule,
     parse_tier,
 )
@@ -30,7 +31,7 @@ from indexer.setting_values import (
 class Section(BaseModel):
     """A table of the TOML file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FilterSettings(Section):
@@ -192,6 +193,11 @@ class IngestSettings(Section):
         4, ge=1, description="questions at one time to one host about its accounts; twice as many to a domain"
     )
 
+    @model_validator(mode="after")
+    def _retries_in_order(self) -> Self:
+        check_order(self, "work_retry_min", "work_retry_max")
+        return self
+
 
 class BackfillSettings(Section):
     concurrency: int = Field(8, ge=1, description="repositories fetched at one time")
@@ -231,9 +237,9 @@ class BackfillSettings(Section):
     timeout: Duration = Field(300.0, gt=0, description="time for one fetch")
     min_kib_per_s: float = Field(8.0, ge=0, description="slowest fetch that is tolerated")
     max_mib_per_s: float = Field(16.0, gt=0, description="fastest rate at which one CAR is read")
-    grace: Duration = Field(20.0, description="time until a fetch is judged by its speed")
-    retry_min: Duration = Field(5.0, description="first wait after a failed fetch")
-    retry_max: Duration = Field(3600.0, description="longest wait after a failed fetch")
+    grace: Duration = Field(20.0, gt=0, description="time until a fetch is judged by its speed")
+    retry_min: Duration = Field(5.0, gt=0, description="first wait after a failed fetch")
+    retry_max: Duration = Field(3600.0, gt=0, description="longest wait after a failed fetch")
     min_rev_tries: int = Field(5, ge=1, description="fetches below min_rev before one is taken marked")
     sparse: bool = Field(True, description="fetch only what `filter.collections` keeps, where that is less")
     sparse_min_records: int = Field(2000, ge=0, description="what looks smaller is fetched whole anyway")
@@ -252,6 +258,11 @@ class BackfillSettings(Section):
     sparse_recheck: Duration = Field(
         86400.0, gt=0, description="time until a host that gives no parts is asked for one again"
     )
+
+    @model_validator(mode="after")
+    def _retries_in_order(self) -> Self:
+        check_order(self, "retry_min", "retry_max")
+        return self
 
 
 class HostSettings(Section):
@@ -318,6 +329,11 @@ class CrawlerSettings(Section):
     check_tries: int = Field(8, ge=1, description="failures after which an account is not asked about again")
     check_ttl: Duration = Field(604800.0, gt=0, description="how long an account without a signal is left")
     max_checked: int = Field(1_000_000, ge=0, description="accounts without a signal that are remembered")
+
+    @model_validator(mode="after")
+    def _retries_in_order(self) -> Self:
+        check_order(self, "retry_min", "retry_max")
+        return self
 
 
 class ArchiveSettings(Section):

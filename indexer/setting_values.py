@@ -237,6 +237,25 @@ def _crawler_source(value: str) -> str:
     return value
 
 
+def _crawler_sources_once(values: list[str]) -> list[str]:
+    """Refuses the same source twice: it has one position, and is read once."""
+    known: dict[tuple[str, str], str] = {}
+    for value in values:
+        mode, origin = parse_crawler_source(value)
+        source = mode, origin.removesuffix(":443" if origin.startswith("https:") else ":80")
+        if source in known:
+            raise ValueError(f"{value!r} is the source {known[source]!r} once more")
+        known[source] = value
+    return values
+
+
+def check_order(section: BaseModel, least: str, most: str) -> None:
+    """ValueError when the first of two times of a table is longer than the second."""
+    low, high = getattr(section, least), getattr(section, most)
+    if low > high:
+        raise ValueError(f"{least} ({low:g} s) is above {most} ({high:g} s)")
+
+
 def _network(value: str) -> str:
     ip_network(value, strict=False)
     return value
@@ -268,7 +287,7 @@ Tiers = Annotated[Items, _each(_tier)]
 HostRules = Annotated[Items, _each(_host_rule)]
 Proxies = Annotated[Items, _each(_proxy)]
 Networks = Annotated[Items, _each(_network)]
-CrawlerSources = Annotated[Items, _each(_crawler_source)]
+CrawlerSources = Annotated[Items, _each(_crawler_source), AfterValidator(_crawler_sources_once)]
 
 
 def check_lists(tables: dict[str, Any], model: type[BaseModel], prefix: str = "") -> None:

@@ -92,6 +92,19 @@ def test_durations(text: str, seconds: float) -> None:
         *((f"[gc]\n{name} = 0", f"gc.{name}") for name in ("checkpoint_interval", "blocks_interval")),
         ('[gc]\nttl_interval = "0s"', "gc.ttl_interval"),
         ('[public]\nrequest_timeout = "0s"', "public.request_timeout"),
+        *((f"[backfill]\n{name} = 0", f"backfill.{name}") for name in ("retry_min", "retry_max", "grace")),
+        *((f"[backfill]\nmin_kib_per_s = {text}", "finite number") for text in ("inf", "nan")),
+        ("[public]\nmin_kib_per_s = inf", "public.min_kib_per_s"),
+        ('[backfill]\nretry_min = "2h"', "setting backfill: retry_min (7200 s) is above retry_max (3600 s)"),
+        ('[crawler]\nretry_max = "1s"', "setting crawler: retry_min (5 s) is above retry_max (1 s)"),
+        (
+            '[ingest]\nwork_retry_min = "1h"',
+            "setting ingest: work_retry_min (3600 s) is above work_retry_max",
+        ),
+        (
+            '[crawler]\nsources = ["https://a.test", "list_repos::https://A.test:443"]',
+            "crawler.sources: 'list_repos::https://A.test:443' is the source 'https://a.test' once more",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, named: str) -> None:
@@ -110,6 +123,8 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, named: str) -> None:
         '[management]\nbind = "[::1]:3001"',
         '[filter]\nsignals = ["app.bsky.*", "a.b.c"]\nexcludes = ["did:web:a.b"]',
         "[events]\nretention = 3600",
+        '[crawler]\nsources = ["https://a.test", "hosts::https://a.test", "http://a.test", "https://a.test:80"]',
+        '[backfill]\nretry_min = "1h"',
     ],
 )
 def test_what_is_right_is_taken(tmp_path: Path, text: str) -> None:
@@ -204,9 +219,11 @@ def test_settings_without_an_effect_are_told() -> None:
         "ephemeral": {"enabled": True},
         "archive": {"cars": True},
         "store": {"blocks": False},
+        "backfill": {"verify_mib": 100, "max_car_mib": 1},
     }
     told = cautions(load(overrides=tables, environment=False))
-    assert [text.split()[0] for text in told] == ["disk.soft_floor_mib", "archive.cars", "store.blocks"]
+    names = ["disk.soft_floor_mib", "backfill.verify_mib", "archive.cars", "store.blocks"]
+    assert [text.split()[0] for text in told] == names
 
 
 @pytest.mark.parametrize(

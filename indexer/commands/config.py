@@ -7,6 +7,7 @@ No settings of its own, no I/O but reading the file that is named.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -18,6 +19,9 @@ from pydantic.fields import FieldInfo
 from indexer.commands.paths import NamedPath
 from indexer.config import SECRETS, Section, Settings, env_name, load
 from indexer.setting_values import Bind, Duration, Items, Retention
+
+#: How a bound of a value is named, by its attribute.
+_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 _TOML_HEAD = """\
 # Every setting with its default. Remove the "# " before a line to change it, then
@@ -55,6 +59,25 @@ def _is(field: FieldInfo, alias: Any) -> bool:
 
 
 def _kind(field: FieldInfo) -> str:
+    """The kind of value, with its bounds."""
+    return ", ".join([_word(field), *_bounds(field)])
+
+
+def _bounds(field: FieldInfo) -> Iterator[str]:
+    """What a number or duration must lie between; that a duration is never negative goes without saying."""
+    duration = _is(field, Duration)
+    found: dict[str, str] = {}
+    for name, bound in product(_BOUNDS, field.metadata):
+        value = getattr(bound, name, None)
+        if value or (value == 0 and not (duration and name == "ge")):
+            found[name] = duration_text(value) if duration and value else str(value)
+    if {"ge", "le"} <= found.keys():
+        yield f"{found['ge']} to {found['le']}"
+    else:
+        yield from (f"{_BOUNDS[name]} {text}" for name, text in found.items())
+
+
+def _word(field: FieldInfo) -> str:
     for alias, words in ((Duration, "duration"), (Retention, "duration, `forever`"), (Items, "list")):
         if _is(field, alias):
             return words
@@ -137,6 +160,11 @@ def cautions(settings: Settings) -> list[str]:
     if disk.soft_floor_mib < disk.hard_floor_mib:
         found.append(
             "disk.soft_floor_mib is below disk.hard_floor_mib: ingest stops before the backfill does"
+        )
+    backfill = settings.backfill
+    if backfill.verify_mib > backfill.max_car_mib:
+        found.append(
+            "backfill.verify_mib is above backfill.max_car_mib, the largest CAR that is taken at all"
         )
     if settings.ephemeral.enabled and settings.archive.cars:
         found.append("archive.cars has no effect with ephemeral.enabled: nothing is fetched")

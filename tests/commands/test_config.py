@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from indexer.cli import main
-from indexer.commands.config import config, duration_text, toml_value
-from indexer.config import load, parse_duration, setting_names
+from indexer.commands.config import config, duration_text, options, toml_value
+from indexer.config import Settings, load, parse_duration, setting_names
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,18 @@ def test_what_is_shown_can_be_loaded_again(tmp_path: Path) -> None:
     shown = tmp_path / "shown.toml"
     shown.write_text(_show("--config", str(given)))
     assert load(shown) == load(given)
+
+
+def test_the_reference_tells_the_bounds_of_values() -> None:
+    kinds = {row.name: row.kind for row in options(Settings.model_construct())}
+    assert kinds["memory_mib"] == "whole number, at least 32"
+    assert kinds["verifiers"] == "whole number, 0 to 64"
+    assert kinds["ingest.max_frame_bytes"] == "whole number, at least 65536"
+    assert kinds["backfill.sparse_share"] == "number, above 0, at most 1"
+    assert kinds["backfill.grace"] == "duration, above 0"
+    assert (kinds["filter.answer_wait"], kinds["filter.signals"]) == ("duration", "list")
+    assert "| whole number, at least 32 |" in _show("--markdown")
+    assert "(whole number, at least 32; INDEXER_MEMORY_MIB)" in _show("--defaults")
 
 
 def test_json_has_every_setting_and_the_environment_wins(

@@ -28,7 +28,8 @@ async def lied(tmp_path: Path, kind: str, outcome: str) -> None:
         times = 3 if outcome == "" else None
         value = 0.01 if kind == "rate_limited_retry_after" else None
         net.faults.add(Fault("pds0", kind, LIST_REPOS, times=times, value=value))
-        tables = {"hosts": {"requests_per_s": 0, "rate_limit_wait": 0.05}, "backfill": {"retry_max": 0.1}}
+        backfill = {"retry_min": 0.1, "retry_max": 0.1}
+        tables = {"hosts": {"requests_per_s": 0, "rate_limit_wait": 0.05}, "backfill": backfill}
         crawler = {"page_size": 2, "max_page_kib": 256, "page_tries": 2, "max_pages": 20}
         async with node(tmp_path, net, net.pds_urls, crawler=crawler, **tables) as n:  # type: ignore[arg-type]
             await n.until(lambda: n.source()["last_outcome"] == (outcome or "done"))
