@@ -7,7 +7,7 @@ the walk over the queue that lifts it once an operator changed his mind. Event l
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,15 +33,15 @@ class HoldUnit:
     dids: Sequence[Did]
     reason: str
     due: Micros
-    identity: Identity | None = None  # of the only one
+    identities: Mapping[Did, Identity]  # those that are known
 
     def __call__(self, tx: Transaction) -> None:
         for did in self.dids:
             row = tx.repo(did)
             if row is None or not is_waiting(row):
                 continue
-            if self.identity is not None:
-                row = known_identity(tx, did, row, self.identity)
+            if did in self.identities:
+                row = known_identity(tx, did, row, self.identities[did])
             why = "is banned" if self.reason == HELD[0] else "has more accounts than its limit"
             tx.set_repo(did, row._replace(due=self.due, error=f"{self.reason}: {host_of(row.pds)} {why}"))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Final, Literal
 
 from indexer.backfill.tiers import Tier, Tiers
@@ -32,6 +33,8 @@ _KEPT: Final = 0.75
 #: A good answer is noted in the row this often, in seconds.
 _NOTED_S: Final = 3600.0
 _ERROR_LENGTH: Final = 200
+#: The longest time that is told, in seconds.
+_ENDLESS_S: Final = 10 * 365 * 86400.0
 
 
 @dataclass(slots=True)
@@ -108,6 +111,14 @@ class Hosts:
         """Seconds for which ``host`` is still to be left alone: 0 when it is not, endless if banned."""
         state = self._state(host)
         return float("inf") if state.row.banned else max(0.0, state.not_before - self.clock())
+
+    def rest_note(self, host: str) -> str:
+        """Until when ``host`` is left alone, and why, in words; for one that rests."""
+        row, now = self.row(host), self.wall()
+        until = datetime.fromtimestamp(now + min(self.penalty_s(host), _ENDLESS_S), UTC)
+        failed = row.error and row.until_us / 1e6 > now
+        why = f": {row.error}" if failed else ", as it asked"
+        return f"{host} is left alone until {until:%Y-%m-%dT%H:%M:%SZ}{why}"
 
     def held(self, host: str) -> str:
         """Why nothing new of ``host`` is to be fetched until an operator says otherwise; "" when it may."""

@@ -35,7 +35,7 @@ from indexer.backfill.outcome import (
     worth_another_host,
 )
 from indexer.backfill.rows import Asked, ClaimUnit, FailUnit, asked_now, is_waiting
-from indexer.backfill.sparse import Ask, Sparse, Unfit, part_of
+from indexer.backfill.sparse import Ask, Sparse, Unfit, part_of, turn
 from indexer.backfill.stats import Stats
 from indexer.backfill.verify import Verified, verify_car
 from indexer.config import Settings
@@ -143,7 +143,8 @@ class Job:
         identity = await tools.resolver.resolve(self._did, refresh=stale)
         host = host_of(self._origins(identity)[0])
         if held := tools.hosts.held(host_of(identity.pds)) or tools.hosts.held(host):
-            await tools.writer.run("backfill_hold", HoldUnit([self._did], held, self._recheck(), identity))
+            unit = HoldUnit([self._did], held, self._recheck(), {self._did: identity})
+            await tools.writer.run("backfill_hold", unit)
             return None
         with tools.budget.share() as share, tools.parsed.share() as self._parsed:
             await share.room()
@@ -286,7 +287,7 @@ class Job:
 
     async def _part(self, origin: str, identity: Identity, share: Share) -> Fetched | None:
         """What is wanted, where the account's PDS gives that alone; None when the whole is to be fetched."""
-        tools, row = self._tools, self._tools.db.repo(self._did)
+        tools, row, host = self._tools, self._tools.db.repo(self._did), host_of(origin)
         if origin != identity.pds or self._archived() or not tools.settings.backfill.sparse:
             return None
         if row is None or row.attempt >= WHOLE_AFTER:
@@ -301,17 +302,20 @@ class Job:
         except Unfit as unfit:
             tools.stats.whole[unfit.reason] += 1
             if unfit.host:
-                tools.hosts.gives_whole_only(host_of(origin))
+                tools.hosts.gives_whole_only(host)
+            if not unfit.asked:
+                return None
         except SignatureInvalid:
             raise  # nothing else that is under this commit could be taken
         except BadInput as error:
             tools.stats.whole["content"] += 1
-            tools.hosts.gives_whole_only(host_of(origin))
-            tools.hosts.lied(host_of(origin), jitter=tools.jitter(), error=str(error))
+            tools.hosts.gives_whole_only(host)
+            tools.hosts.lied(host, jitter=tools.jitter(), error=str(error))
         else:
             tools.stats.parts += 1
             return fetched
         share.shrink()
+        await turn(tools.hosts, host)  # the whole is one more request
         return None
 
     def _blame(self, host: str, error: IndexerError) -> None:
@@ -323,7 +327,7 @@ class Job:
             )  # fmt: skip
         elif failure.of_content:
             hosts.lied(host, jitter=jitter, error=f"{failure.reason}: {failure.message}")
-        elif failure.reason != PROXY:
+        elif failure.reason not in (PROXY, HOST_BUSY):  # it answered
             hosts.success(host)
 
     async def _apply(self, epoch: int, obtained: Obtained) -> None:

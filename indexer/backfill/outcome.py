@@ -33,6 +33,8 @@ ACCOUNT_ANSWERS: Final = {
 BELOW_MIN_REV: Final = "below_min_rev"
 DRAIN: Final = "drain"
 HOST_BUSY: Final = "host_busy"
+#: What the error of a repository begins with that waits for its host alone.
+HOST_RESTS: Final = "host_rests"
 TOO_LARGE: Final = "too_large"
 #: Statuses that are about what was asked for, also where a host gives no XRPC name with them.
 _ABOUT_THE_REPO: Final = (400, 404, 410)

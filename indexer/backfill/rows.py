@@ -6,12 +6,13 @@ errors are `outcome`'s; how words become an account's status is `indexer.ingest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from indexer.atproto.types import Did, Micros
-from indexer.backfill.outcome import Failure, failed
+from indexer.backfill.hosts import HELD
+from indexer.backfill.outcome import HOST_RESTS, Failure, failed, reason_of
 from indexer.backfill.queue import CLAIMED_DUE, explicit_due
 from indexer.config import BackfillSettings
 from indexer.identity.resolver import Identity
@@ -76,16 +77,27 @@ class RequestUnit:
 
 @dataclass(frozen=True, slots=True)
 class PostponeUnit:
-    """Repositories of a host that is to be left alone until ``due``."""
+    """Repositories of a host that is to be left alone until ``due``. No attempt is counted.
+
+    A row that tells of no failure of its own tells ``why`` it waits, and gets the identity that is known:
+    nobody could see otherwise which host it waits for.
+    """
 
     dids: Sequence[Did]
     due: Micros
+    why: str
+    identities: Mapping[Did, Identity]
 
     def __call__(self, tx: Transaction) -> None:
         for did in self.dids:
             row = tx.repo(did)
-            if row is not None and is_waiting(row) and row.due < self.due:
-                tx.set_repo(did, row._replace(due=self.due))
+            if row is None or not is_waiting(row) or row.due >= self.due:
+                continue
+            if did in self.identities:
+                row = known_identity(tx, did, row, self.identities[did])
+            if reason_of(row.error) in ("", HOST_RESTS, *HELD):
+                row = row._replace(error=f"{HOST_RESTS}: {self.why}"[:500])
+            tx.set_repo(did, row._replace(due=self.due))
 
 
 @dataclass(frozen=True, slots=True)

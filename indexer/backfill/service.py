@@ -287,12 +287,16 @@ class Backfill:
         return resting
 
     async def _put_off(self, resting: dict[str, list[Did]]) -> None:
-        """What was read of hosts that rest is due when they may be asked again."""
+        """What was read of hosts that rest is due when they may be asked again, and its rows say so."""
+        hosts = self._hosts
         for host, dids in resting.items():
-            if reason := self._hosts.held(host):
-                unit: HoldUnit | PostponeUnit = HoldUnit(dids, reason, self._recheck())
+            cached = {did: self._resolver.cached(did) for did in dids}
+            known = {did: identity for did, identity in cached.items() if identity is not None}
+            if reason := hosts.held(host):
+                unit: HoldUnit | PostponeUnit = HoldUnit(dids, reason, self._recheck(), known)
             else:
-                unit = PostponeUnit(dids, clock_us() + int(self._hosts.penalty_s(host) * 1e6))
+                due = clock_us() + int(hosts.penalty_s(host) * 1e6)
+                unit = PostponeUnit(dids, due, hosts.rest_note(host), known)
             await self._writer.run("backfill_put_off", unit)
 
     def _recheck(self) -> Micros:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from indexer.atproto.types import Did
+from indexer.backfill.outcome import HOST_RESTS, reason_of
 from indexer.backfill.queue import CLAIMED_DUE
+from indexer.backfill.rows import PostponeUnit
 from indexer.backfill.service import relay_origin
 from indexer.errors import WriterPoisoned
 from indexer.serve.management_repos import unfollowed
 from indexer.simulator.account import Account
 from indexer.store.codecs import NEW_REPO, SyncState
+from indexer.store.host_rows import ACCOUNTS, host_of
 from indexer.store.transaction import Transaction
 from indexer.store.writer import clock_us
 from tests.backfill.world import Host, World, account, answer_car, answer_with, car_of
@@ -111,6 +115,36 @@ async def test_the_repositories_of_a_host_that_rests_are_put_off(tmp_path: Path)
         await world.running(lambda: all(world.row(one).due > clock_us() + 400_000_000 for one in accounts))
         assert len(host.asked) == 1
         assert sum(world.row(one).attempt for one in accounts) == 1
+
+
+async def test_what_waits_for_a_host_that_rests_says_so(tmp_path: Path) -> None:
+    accounts = several(4)
+    async with Host() as host, World(tmp_path, host, backfill={"concurrency": 1}) as world:
+        for one in accounts:
+            host.serve(one)
+            host.answers[one.did] = answer_with(429, {"Retry-After": "500"})
+        await world.backfill.add([one.did for one in accounts])
+        await world.running(lambda: all(world.row(one).due > clock_us() + 400_000_000 for one in accounts))
+        rows = [world.row(one) for one in accounts]
+        name = host_of(host.url)
+        assert [row.pds for row in rows] == [host.url] * 4
+        assert all(row.signing_key for row in rows)
+        assert world.db.count(ACCOUNTS + name) == 4
+        assert sorted(reason_of(row.error) for row in rows) == [*[HOST_RESTS] * 3, "rate_limited"]
+        said = next(row.error for row in rows if not row.attempt)
+        assert re.match(f"{HOST_RESTS}: {name} is left alone until 20[0-9TZ:-]+: rate_limited: ", said)
+
+
+async def test_a_failure_of_its_own_is_not_hidden_by_the_rest_of_its_host(tmp_path: Path) -> None:
+    slow, held, free = several(3)
+    async with Host() as host, World(tmp_path, host) as world:
+        await seen(world, [slow, held, free])
+        await world.change(slow, error="slow: it was")
+        await world.change(held, error="host_banned: it was")
+        unit = PostponeUnit([slow.did, held.did, free.did], clock_us() + 60_000_000, "why", {})
+        await world.writer.run("postpone", unit)
+        errors = [world.row(one).error for one in (slow, held, free)]
+        assert errors == ["slow: it was", "host_rests: why", "host_rests: why"]
 
 
 async def test_a_row_that_becomes_due_unannounced_is_found(tmp_path: Path) -> None:
