@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from indexer.store.codecs import INVALID, AccountStatus
+from indexer.atproto.cid import dag_cbor_cid, format_cid
+from indexer.store.codecs import INVALID, AccountStatus, SyncState
 from tests.serve.node import ALICE, LIKE, POST, Node, fill, put, running, set_status
 
 GET = "com.atproto.repo.getRecord"
@@ -106,6 +107,28 @@ async def test_inactive_accounts_are_refused_everywhere(
         for method, params in queries:
             code, answer = await node.xrpc(method, **params)
             assert (code, answer["error"]) == (400, name), method
+
+
+async def test_an_account_that_no_directory_ever_knew_is_not_found_by_any_query(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        heard = {"rev": "", "commit": b"", "data": b"", "complete": False, "state": SyncState.PENDING}
+        await fill(node, ALICE, [], **heard)
+        path = {"collection": POST, "rkey": "a"}
+        queries: list[tuple[str, dict[str, str]]] = [
+            (GET, {"repo": ALICE, **path}),
+            (LIST, {"repo": ALICE, "collection": POST}),
+            ("com.atproto.repo.describeRepo", {"repo": ALICE}),
+            ("com.atproto.sync.getRepo", {"did": ALICE}),
+            ("com.atproto.sync.getRecord", {"did": ALICE, **path}),
+            ("com.atproto.sync.getBlocks", {"did": ALICE, "cids": format_cid(dag_cbor_cid(b"\xa0"))}),
+            ("com.atproto.sync.getLatestCommit", {"did": ALICE}),
+            ("com.atproto.sync.getRepoStatus", {"did": ALICE}),
+        ]
+        for method, params in queries:
+            code, answer = await node.xrpc(method, **params)
+            assert (code, answer["error"]) == (400, "RepoNotFound"), method
+        await fill(node, ALICE, [], **heard, signing_key="did:key:zQ3")  # its directory knows it
+        assert await node.xrpc(LIST, repo=ALICE, collection=POST) == (200, {"records": []})
 
 
 async def test_an_unknown_repository_is_not_found(tmp_path: Path) -> None:

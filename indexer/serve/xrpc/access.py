@@ -113,9 +113,12 @@ def is_resolved(row: RepoRow) -> bool:
 
 
 def known_repo(row: RepoRow | None, did: Did) -> RepoRow:
-    """The row of a repository that we follow or have followed, whatever its status."""
+    """The row of a repository that we follow or have followed, whatever its status. One that was only heard
+    of, and of which no directory ever told, may not exist: it is not found."""
     if row is None or (not row.tracked and not row.rev):
         raise RequestError(f"repository {did} is not indexed here", name="RepoNotFound")
+    if row.status.active and not is_resolved(row):
+        raise RequestError(f"the identity of {did} is not known so far", name="RepoNotFound")
     return row
 
 

@@ -119,8 +119,6 @@ async def get_repo_status(context: Context, params: Params, _request: web.Reques
     """Whether an account is active, why not, and the rev that the index stands at."""
     did = access.did_param(params)
     row = access.known_repo(context.services.db.repo(did), did)
-    if row.status.active and not access.is_resolved(row):
-        raise RequestError(f"the identity of {did} is not known so far", name="RepoNotFound")
     answer = {"did": did, **_status(row)}
     if row.rev and row.status is AccountStatus.ACTIVE:
         answer["rev"] = row.rev
