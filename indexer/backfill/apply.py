@@ -34,8 +34,8 @@ from indexer.store.writer import Writer
 
 #: Blocks are read together unless so many times their bytes lie between the first and the last.
 _SPARSE: Final = 4
-#: A block of so many bytes is written once, under however many keys it stands. Of each a number is kept, at most
-#: 4 % of the CAR; writing smaller ones again costs no more than some rows do.
+#: A block of so many bytes is written once, under however many keys it stands. Of each a number is kept, 4 %
+#: of the CAR at most; writing smaller ones again costs no more than some rows do.
 _LARGE: Final = 2048
 
 
