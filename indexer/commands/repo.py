@@ -10,10 +10,11 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode
@@ -21,6 +22,7 @@ from urllib.parse import quote, urlencode
 import click
 
 from indexer.atproto.syntax import check_did
+from indexer.backfill.outcome import HOST_RESTS
 from indexer.commands.client import Daemon, run_client, safe_text, with_daemon
 from indexer.commands.paths import NamedPath
 from indexer.commands.progress import Tell, bar, counted
@@ -43,6 +45,7 @@ _OVERVIEW = (
 _STATUSES = (*(status.label for status in AccountStatus), UNRESOLVED)
 #: How the error of a row begins when a directory or host says that there is no such account.
 _NO_IDENTITY = f"{IdentityGone.reason}: "
+_HOST_RESTS = f"{HOST_RESTS}: "
 
 
 @click.group()
@@ -59,23 +62,24 @@ def add(daemon: Daemon, dids: tuple[str, ...], wait: bool, raw: bool) -> None:
     """Follow repositories."""
 
     async def main() -> None:
-        wanted = [check_did(did) for did in dids]
+        wanted = list(dict.fromkeys(check_did(did) for did in dids))
         acted = await daemon.manage("PUT", "/repos", [{"did": did} for did in wanted])
         told = {item["did"] for item in acted}
-        problems = []
+        problems: list[str] = []
         with bar("fetching") if wait else nullcontext() as tell:
-            for number, did in enumerate(wanted):
-                how = partial(_tell, tell, number, len(wanted)) if tell else None
-                try:
-                    row = await (_settled(daemon, did, how) if how else daemon.manage("GET", _path(did)))
-                except FetchRefused as error:
-                    if error.status != 404 or did in told:
-                        raise
-                    row = None
-                if row is not None and row["tracked"]:
-                    click.echo(json.dumps(row) if raw else _line(row))
-                if problem := _problem(did, row, waited=wait):
-                    problems.append(problem)
+            left = wanted
+            while left and not problems:
+                if left is not wanted:
+                    await asyncio.sleep(_POLL_S)
+                look = _Look(daemon, told, tell, len(wanted) - len(left), len(wanted))
+                rows, left = await look.at(left)
+                for did, row in rows.items():
+                    if row is not None and row["tracked"]:
+                        click.echo(json.dumps(row) if raw else _line(row))
+                    if problem := _problem(did, row, waited=wait):
+                        problems.append(problem)
+        if left:
+            problems.append(f"{counted(len(left), 'repository', 'repositories')} not synced so far")
         if problems:
             raise RequestError("; ".join(problems))
 
@@ -131,25 +135,52 @@ def _problem(did: str, row: Mapping[str, Any] | None, *, waited: bool) -> str | 
     return f"{did} cannot be synced: {safe_text(row['error'])}"
 
 
-def _tell(tell: Tell, done: int, total: int, row: Mapping[str, Any]) -> None:
-    """Moves the bar: how many are settled, and what the one that is waited for does."""
-    tell(f"{row['did']} {row['state']}, {counted(row['records'], 'record')}", done, total)
+@dataclass(slots=True)
+class _Look:
+    """One look at every repository that is waited for, so that none hides another. Without ``tell`` nothing
+    is waited for. ``told``: the daemon said that it knows them."""
+
+    daemon: Daemon
+    told: set[str]
+    tell: Tell | None
+    done: int
+    total: int
+
+    async def at(self, dids: Sequence[str]) -> tuple[dict[str, dict[str, Any] | None], list[str]]:
+        """The rows of those that are settled, None for an unknown one, and the DIDs of the others."""
+        settled: dict[str, dict[str, Any] | None] = {}
+        left = []
+        for did in dids:
+            row = await self._row(did)
+            if row is not None and self.tell is not None:
+                about = f"{did} {row['state']}, {counted(row['records'], 'record')}"
+                self.tell(about, self.done + len(settled), self.total)
+            if row is None or self.tell is None or _is_settled(row):
+                settled[did] = row
+            else:
+                left.append(did)
+        return settled, left
+
+    async def _row(self, did: str) -> dict[str, Any] | None:
+        try:
+            row: dict[str, Any] = await self.daemon.manage("GET", _path(did))
+        except FetchRefused as error:
+            if error.status != HTTPStatus.NOT_FOUND or did in self.told:
+                raise
+            return None
+        return row
 
 
-async def _settled(daemon: Daemon, did: str, how: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
-    """The repository's state once it is synced, or known not to become so; tells every state it meets."""
-    while True:
-        row: dict[str, Any] = await daemon.manage("GET", _path(did))
-        how(row)
-        if not row["tracked"] or (row["state"] == "synced" and row["active"]):
-            return row
-        # An account known as inactive is asked for once more, as it was just requested.
-        tried = row["error"] or row["attempt"] or not row["due_us"]
-        if _is_hidden(row) and tried:
-            return row
-        if row["error"] and (not row["due_us"] or row["error"].startswith(_NO_IDENTITY)):
-            return row
-        await asyncio.sleep(_POLL_S)
+def _is_settled(row: Mapping[str, Any]) -> bool:
+    """Whether a repository is synced, or known not to become so."""
+    if not row["tracked"] or (row["state"] == "synced" and row["active"]):
+        return True
+    error = row["error"] or ""
+    # An account known as inactive is asked for once more, as it was just requested.
+    waits = not error or error.startswith(_HOST_RESTS)
+    if _is_hidden(row) and (not waits or row["attempt"] or not row["due_us"]):
+        return True
+    return bool(error) and (not row["due_us"] or error.startswith(_NO_IDENTITY))
 
 
 @repo.command("list")
@@ -181,10 +212,17 @@ def status(daemon: Daemon, did: str | None, raw: bool) -> None:
         if raw:
             click.echo(json.dumps(row))
         else:
-            for line in _details(row):
+            for line in (*_details(row), *_outlook(row)):
                 click.echo(line)
 
     run_client(main())
+
+
+def _outlook(row: Mapping[str, Any]) -> Iterator[str]:
+    """What else is to come, where nothing is due of which one could say when it is done."""
+    if row.get("later") and row["next_due_us"] and row["eta_s"] is None:
+        waiting = counted(row["later"], "repository waits", "repositories wait")
+        yield f"{waiting} for a later try, the next at {_moment(row['next_due_us'])}"
 
 
 async def _overview(daemon: Daemon) -> dict[str, Any]:
@@ -309,8 +347,8 @@ def _moment(time_us: int) -> str:
 
 def _details(row: Mapping[str, Any]) -> Iterator[str]:
     for key, value in row.items():
-        if key.endswith("due_us") and value is not None:
-            yield f"{key.removesuffix('_us'):<16} {_moment(value)}"
+        if key.endswith("due_us"):
+            yield f"{key.removesuffix('_us'):<16} {'-' if value is None else _moment(value)}"
         elif isinstance(value, dict):
             yield f"{key}:"
             yield from (f"  {name:<40} {count}" for name, count in value.items())

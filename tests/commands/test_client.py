@@ -8,10 +8,12 @@ import re
 import socket
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from indexer.cli import main
+from indexer.commands.client import Daemon
 from indexer.store.codecs import AccountStatus, SyncState
 from indexer.store.transaction import Transaction
 from tests.serve.node import ALICE, BOB, POST, Node, fill, put, running
@@ -202,6 +204,37 @@ async def test_waiting_ends_when_nothing_will_come(tmp_path: Path, capsys: Outpu
         assert f"{CAROL} is excluded" in error
         assert await _call(node, "repo", "list", "--status", "deleted") == 0
         assert capsys.readouterr().out == f"{BOB} pending deleted 3jzfcijpj2z2a -\n"
+
+
+async def test_waiting_ends_although_another_repository_is_tried_again_and_again(
+    tmp_path: Path, capsys: Output
+) -> None:
+    async with running(tmp_path) as node:
+        far = {"state": SyncState.PENDING, "due": 1 << 50, "rev": "", "commit": b"", "tracked": True}
+        await fill(node, ALICE, [], **far, attempt=3, error="slow: tried again")
+        await fill(node, BOB, [], **far, attempt=1, error="identity_gone: no such DID")
+        resting = "host_rests: pds is left alone"  # asked once more when it rests no longer
+        await fill(node, CAROL, [], **far, status=AccountStatus.DEACTIVATED, error=resting)
+        assert await _call(node, "repo", "add", ALICE, CAROL, BOB, "--wait") == 1
+        output = capsys.readouterr()
+        assert f"{BOB} cannot be synced: identity_gone: no such DID; 2 repositories not synced" in output.err
+        assert [line.split()[0] for line in output.out.splitlines()] == [BOB]
+
+
+@pytest.mark.parametrize("rate", [None, 2.5])
+def test_what_waits_for_a_later_try_is_told_where_no_end_can_be(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch, rate: float | None
+) -> None:
+    async def stats(_daemon: Daemon) -> dict[str, Any]:
+        figures = {"due": 0, "later": 19, "oldest_due_us": None, "next_due_us": 1_000_000, "eta_s": rate}
+        return {"backfill": figures, "repos": {"total": 50, "by_state": {}}}
+
+    monkeypatch.setattr(Daemon, "stats", stats)
+    assert _exit_code(["repo", "status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "oldest_due       -" in lines
+    told = "19 repositories wait for a later try, the next at 1970-01-01T00:00:01Z (now)"
+    assert (told in lines) == (rate is None)
 
 
 async def test_the_token_is_sent(tmp_path: Path, capsys: Output) -> None:
