@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 import click
 
 from indexer.commands.client import Daemon, json_option, run_client, say, with_daemon
+from indexer.commands.numbers import Finite
 
 _STATES: Final = ("active", "idle", "offline", "throttled", "banned")
 _host = click.argument("name", metavar="HOST")
@@ -58,7 +59,7 @@ def tier(daemon: Daemon, name: str, tier: str | None, raw: bool) -> None:
 @host.command()
 @_host
 @click.option("--fetches", type=click.IntRange(1), help="Fetches at one time.")
-@click.option("--requests-per-s", type=click.FloatRange(0), help="Requests a second; 0 is no limit.")
+@click.option("--requests-per-s", type=Finite(0), help="Requests a second; 0 is no limit.")
 @click.option("--accounts", type=click.IntRange(0), help="Accounts above which it is held back; 0: no limit.")
 @json_option
 @with_daemon

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 
+from indexer.commands.numbers import Finite
 from indexer.commands.paths import NamedPath
 from indexer.simulator import SimConfig, SimulatedNetwork
 from indexer.simulator.journal import JournalError
@@ -50,12 +51,12 @@ except ImportError:  # not on this platform
 @click.option("--relays", type=click.IntRange(1, 16), default=1, show_default=True, help="Number of relays.")
 @click.option(
     "--lies",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=0.0,
     show_default=True,
     help="Chance that a relay's next message is a lie; see docs/simulator.md.",
 )
-@click.option("--rate", type=click.FloatRange(0), default=50.0, show_default=True, help="Commits a second.")
+@click.option("--rate", type=Finite(0), default=50.0, show_default=True, help="Commits a second.")
 @click.option("--commits", type=click.IntRange(0), default=None, help="Stop generating after this many.")
 @click.option(
     "--state",

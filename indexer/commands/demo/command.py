@@ -30,6 +30,7 @@ from indexer.commands.demo.network import SimulatedNetwork
 from indexer.commands.demo.reader import CheckingReader, Fold
 from indexer.commands.demo.report import greet, one_line, read, summarise
 from indexer.commands.demo.table import Rates, render
+from indexer.commands.numbers import Finite
 from indexer.commands.paths import NamedPath
 from indexer.commands.run import run_until_signal
 from indexer.config import LogSettings, Settings, load, parse_bind
@@ -72,9 +73,7 @@ def _address(context: click.Context, option: click.Parameter, value: str) -> str
 
 
 @click.command()
-@click.option(
-    "--seconds", type=click.FloatRange(min=1), help="Stop after this time and compare with the ledger."
-)
+@click.option("--seconds", type=Finite(min=1), help="Stop after this time and compare with the ledger.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--ephemeral", is_flag=True, help="Keep no records, only the log within its retention.")
 @click.option(
@@ -88,9 +87,7 @@ def _address(context: click.Context, option: click.Parameter, value: str) -> str
 @click.option(
     "--accounts", type=click.IntRange(1), default=60, show_default=True, help="Accounts at the start."
 )
-@click.option(
-    "--rate", type=click.FloatRange(min=0), default=120, show_default=True, help="Commits a second."
-)
+@click.option("--rate", type=Finite(min=0), default=120, show_default=True, help="Commits a second.")
 @click.option("--retention", default="10s", show_default=True, help="How long events are kept, or `forever`.")
 @click.option(
     "--public", default="127.0.0.1:3000", show_default=True, callback=_address, help="Public address:port."
