@@ -256,8 +256,9 @@ class BackfillSettings(Section):
     )
     sparse_restarts: int = Field(3, ge=0, description="newer commits met on the way until all is fetched")
     sparse_recheck: Duration = Field(
-        86400.0, gt=0, description="time until a host that gives no parts is asked for one again"
+        86400.0, gt=0, description="time until a part is asked for again where the whole was needed"
     )
+    sparse_remembered: int = Field(10_000, ge=0, description="repositories known to be better fetched whole")
 
     @model_validator(mode="after")
     def _retries_in_order(self) -> Self:

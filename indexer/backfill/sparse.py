@@ -16,7 +16,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from errno import ENOSPC
 from itertools import chain
 from pathlib import Path as FilePath
@@ -52,13 +52,19 @@ _PROOF_BLOCKS: Final = 2 + 3 * (MAX_LAYER + 1)
 TOO_LARGE: Final = "TooLarge"
 
 
-class Unfit(Exception):
-    """The whole repository is to be fetched. ``host``: this host's others as well."""
+#: Reasons that lie in the repository, and hold for a while.
+_OF_THE_REPO: Final = frozenset({"small", "share", "rounds", "bytes"})
 
-    def __init__(self, reason: str, *, host: bool = False) -> None:
+
+class Unfit(Exception):
+    """The whole repository is to be fetched. ``host``: this host's others as well. ``asked``: that took
+    requests, and was not known before."""
+
+    def __init__(self, reason: str, *, host: bool = False, asked: bool = True) -> None:
         super().__init__(reason)
         self.reason = reason
         self.host = host
+        self.asked = asked
 
 
 class Ask(NamedTuple):
@@ -102,6 +108,18 @@ def unfit(estimate: Estimate, settings: BackfillSettings, rounds: int, *, first:
     if estimate.wanted > rounds * settings.sparse_parallel * settings.sparse_blocks:
         return "rounds"
     return ""
+
+
+async def turn(hosts: Hosts, host: str) -> None:
+    """Waits until the host's rate allows a fetch under way one more request, and pays for it. A host that is
+    to rest is left alone."""
+    while True:
+        if hosts.penalty_s(host):
+            raise FetchTransient(f"{host} is to be left alone", reason=HOST_BUSY)
+        wait = hosts.wait_s(host)
+        if not wait:
+            return hosts.pay(host)
+        await asyncio.sleep(wait)
 
 
 async def go_through(
@@ -172,11 +190,32 @@ class Sparse:
     http: HttpClient
     hosts: Hosts
     settings: BackfillSettings
+    #: Why the whole is the better choice, of which part, and until when that holds.
+    _wholes: dict[Did, tuple[str, int, float]] = field(init=False, default_factory=dict)
 
     async def fetch(self, ask: Ask) -> Fetched:
         """Raises `Unfit`, what is wrong with the content (`BadInput`), and what a fetch raises."""
         if not self.hosts.gives_parts(host_of(ask.origin)):
-            raise Unfit("host")
+            raise Unfit("host", asked=False)
+        ranges = hash(ask.part.ranges)
+        reason, of, until = self._wholes.pop(ask.did, ("", 0, 0.0))
+        if of == ranges and self.hosts.clock() < until:
+            self._wholes[ask.did] = reason, of, until
+            raise Unfit(reason, asked=False)
+        try:
+            return await self._fetch(ask)
+        except Unfit as unfit:
+            if unfit.reason in _OF_THE_REPO:
+                self._remember(ask.did, unfit.reason, ranges)
+            raise
+
+    def _remember(self, did: Did, reason: str, ranges: int) -> None:
+        """So that the next fetch does not ask first."""
+        self._wholes[did] = reason, ranges, self.hosts.clock() + self.settings.sparse_recheck
+        if len(self._wholes) > self.settings.sparse_remembered:
+            del self._wholes[next(iter(self._wholes))]
+
+    async def _fetch(self, ask: Ask) -> Fetched:
         now = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(self.settings.timeout) as limit:
@@ -311,19 +350,13 @@ class _Fetch:
     async def _turn(self) -> None:
         """Waits until there is room for more, as fast as is set, and the host's rate allows one more request.
         A host that is to rest is left alone."""
-        hosts, host, fastest = self._tools.hosts, self._host, self._settings.max_mib_per_s * (1 << 20)
+        fastest = self._settings.max_mib_per_s * (1 << 20)
         before = self._now()
         await self._ask.share.room()
         if (end := self._limit.when()) is not None:  # our own need, not the host's
             self._limit.reschedule(end + self._now() - before)
         await asyncio.sleep(max(0.0, self._received / fastest - (self._now() - self._begun)))
-        while True:
-            if hosts.penalty_s(host):
-                raise FetchTransient(f"{host} is to be left alone", reason=HOST_BUSY)
-            wait = hosts.wait_s(host)
-            if not wait:
-                return hosts.pay(host)
-            await asyncio.sleep(wait)
+        await turn(self._tools.hosts, self._host)
 
     async def _answer(self, url: str, asked: set[Cid] | None) -> tuple[Cid, ...]:
         """The roots of a CAR, whose blocks (those ``asked`` for; None: all those of a proof) are kept."""

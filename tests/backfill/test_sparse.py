@@ -15,7 +15,7 @@ from aiohttp import web
 
 from indexer.atproto.cid import dag_cbor_cid
 from indexer.atproto.mst import build
-from indexer.backfill.hosts import host_of
+from indexer.backfill.hosts import Hosts, host_of
 from indexer.backfill.sparse import Unfit, go_through, unfit
 from indexer.config import BackfillSettings
 from indexer.errors import WriterPoisoned
@@ -182,6 +182,39 @@ async def test_it_is_fetched_then(tmp_path: Path) -> None:
             assert (world.records(one), row.sparse) == (wanted(one, LIKE), False)
             assert (world.backfill.status()["whole"][reason], host.proofs) == (1, number)
             assert host.asked == [account(case[0]).did for case in cases[:number]]
+
+
+async def test_a_part_that_gives_way_pays_for_the_whole_and_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paid: list[str] = []
+    monkeypatch.setattr(Hosts, "pay", lambda _, host: paid.append(host))
+    one, other = account("one", records(3)), account("two", records(3))
+    bounds = {"sparse_min_records": 5000, "sparse_remembered": 1}
+    async with PartHost() as host, world_of(tmp_path, host, LIKE, **bounds) as world:
+        for number, each in enumerate((one, one, other, one), 1):
+            host.serve(each)
+            await world.fetch(each)
+            assert world.records(each) == wanted(each, LIKE)
+            assert len(paid) == host.proofs + len(host.asked)
+            assert (outcome(world), len(host.asked)) == ((0, {"small": number}), number)
+        assert host.proofs == 3  # of two, only the last is remembered
+        for item in ("", LIKE, POST):
+            await world.writer.run("filter", partial(Transaction.set_filter, kind="collections", item=item))
+        await world.fetch(one)
+        assert host.proofs == 4
+
+
+async def test_a_host_that_is_to_rest_after_a_lie_is_not_asked_for_the_whole(tmp_path: Path) -> None:
+    one = account("one", records(3))
+    async with PartHost() as host, world_of(tmp_path, host, LIKE) as world:
+        host.spoil_proof = flipped
+        host.serve(one)
+        state = world.backfill.tools.hosts._state(host_of(host.url))
+        state.lies = world.settings.hosts.faults
+        row = await world.fetch(one)
+        assert (row.state, row.error.partition(":")[0], host.asked) == (SyncState.PENDING, "host_busy", [])
+        assert (outcome(world), state.window) == ((0, {"content": 1}), 1)  # it did not answer well
 
 
 @pytest.mark.slow
