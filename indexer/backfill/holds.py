@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from indexer.atproto.types import Did, Micros
-from indexer.backfill.hosts import HELD, Hosts, host_of
+from indexer.backfill.hosts import HELD, Hosts
 from indexer.backfill.outcome import reason_of
 from indexer.backfill.rows import is_waiting, known_identity
 from indexer.identity.resolver import Identity
@@ -27,10 +27,11 @@ _STEP: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class HoldUnit:
-    """Waiting repositories of a host from which nothing is fetched: looked at again at ``due``, or when their
-    host is let go. No attempt is counted."""
+    """Waiting repositories that ``host`` holds, from which nothing is fetched: looked at again at ``due``, or
+    when it is let go. No attempt is counted."""
 
     dids: Sequence[Did]
+    host: str
     reason: str
     due: Micros
     identities: Mapping[Did, Identity]  # those that are known
@@ -43,7 +44,12 @@ class HoldUnit:
             if did in self.identities:
                 row = known_identity(tx, did, row, self.identities[did])
             why = "is banned" if self.reason == HELD[0] else "has more accounts than its limit"
-            tx.set_repo(did, row._replace(due=self.due, error=f"{self.reason}: {host_of(row.pds)} {why}"))
+            tx.set_repo(did, row._replace(due=self.due, error=f"{self.reason}: {self.host} {why}"))
+
+
+def holder(error: str) -> str:
+    """The host that holds a row, by the row's error."""
+    return error.partition(": ")[2].partition(" ")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +99,7 @@ class Releases:
             held = [
                 did
                 for did, row in zip(dids, rows, strict=True)
-                if row is not None
-                and reason_of(row.error) in HELD
-                and (not row.pds or host_of(row.pds) in hosts)
+                if row is not None and reason_of(row.error) in HELD and holder(row.error) in hosts
             ]
             if held:
                 await self._writer.run("backfill_let_go", LetGoUnit(held))

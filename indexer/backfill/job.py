@@ -141,14 +141,14 @@ class Job:
         # A host that fails again and again may be one that the account has left.
         stale = reason_of(row.error).startswith("identity") or row.attempt >= REFRESH_AFTER
         identity = await tools.resolver.resolve(self._did, refresh=stale)
-        host = host_of(self._origins(identity)[0])
-        if held := tools.hosts.held(host_of(identity.pds)) or tools.hosts.held(host):
-            unit = HoldUnit([self._did], held, self._recheck(), {self._did: identity})
+        host, pds = host_of(self._origins(identity)[0]), host_of(identity.pds)
+        if held := tools.hosts.held(pds):
+            unit = HoldUnit([self._did], pds, held, self._recheck(), {self._did: identity})
             await tools.writer.run("backfill_hold", unit)
             return None
         with tools.budget.share() as share, tools.parsed.share() as self._parsed:
             await share.room()
-            for needed in (host, host_of(identity.pds)):  # a relay redirects to the PDS
+            for needed in (host, pds):  # a relay redirects to the PDS
                 if not tools.hosts.free(needed):
                     return needed
             async with AsyncExitStack() as slot:
@@ -175,9 +175,9 @@ class Job:
             self._tools.hosts.release(host)
 
     def _origins(self, identity: Identity) -> list[str]:
-        """Where the repository is asked for, in order. The PDS has the last word."""
+        """Where the repository is asked for, in order. The PDS has the last word, a banned relay none."""
         relay = self._tools.relay
-        if not relay:
+        if not relay or self._tools.hosts.held(host_of(relay)):
             return [identity.pds]
         relay_first = self._tools.settings.backfill.source == "relay"
         return [relay, identity.pds] if relay_first else [identity.pds, relay]

@@ -293,7 +293,7 @@ class Backfill:
             cached = {did: self._resolver.cached(did) for did in dids}
             known = {did: identity for did, identity in cached.items() if identity is not None}
             if reason := hosts.held(host):
-                unit: HoldUnit | PostponeUnit = HoldUnit(dids, reason, self._recheck(), known)
+                unit: HoldUnit | PostponeUnit = HoldUnit(dids, host, reason, self._recheck(), known)
             else:
                 due = clock_us() + int(hosts.penalty_s(host) * 1e6)
                 unit = PostponeUnit(dids, due, hosts.rest_note(host), known)
@@ -304,15 +304,21 @@ class Backfill:
 
     def _host_hint(self, did: Did, row: RepoRow) -> str:
         """The host that a job will ask first, as far as that is known without asking anybody."""
-        if self.tools.relay and self._settings.backfill.source == "relay":
-            return host_of(self.tools.relay)
+        relay = host_of(self.tools.relay) if self._settings.backfill.source == "relay" else ""
+        if relay and not self._hosts.held(relay):
+            return relay
         identity = self._resolver.cached(did)
         return host_of(identity.pds if identity is not None else row.pds)
 
     async def _postpone(self) -> None:
-        """Puts off the repositories of hosts that are left alone, so that they do not fill the window."""
+        """Puts off the repositories of hosts that are left alone, so that they do not fill the window. Those of
+        a banned relay may be had from their own hosts."""
         for host in self._ready.hosts():
-            if host and (self._hosts.penalty_s(host) > POSTPONE_S or self._hosts.held(host)):
+            held = bool(host) and self._hosts.held(host)
+            if held and host == host_of(self.tools.relay):
+                for entry in self._ready.pop_host(host, len(self._ready)):
+                    self._ready.add(entry._replace(host=""), always=True)
+            elif held or (host and self._hosts.penalty_s(host) > POSTPONE_S):
                 while entries := self._ready.pop_host(host, STEP):
                     await self._put_off({host: [entry.did for entry in entries]})
 

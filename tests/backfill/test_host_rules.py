@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from indexer.backfill.holds import HoldUnit, Releases
 from indexer.backfill.host_book import SaveUnit
 from indexer.backfill.hosts import BANNED, OVER_LIMIT, host_of
 from indexer.backfill.outcome import reason_of
@@ -56,6 +57,42 @@ async def test_nothing_is_fetched_from_a_banned_host_until_it_is_let_go(tmp_path
             await world.until(lambda: all_synced(world, accounts))
             await world.backfill.stop()
             await task
+
+
+async def test_a_banned_relay_is_gone_past_and_holds_nothing(tmp_path: Path) -> None:
+    queued, later = accounts = several(2)
+    async with Host() as host, Host() as relay:
+        serve(host, accounts)
+        name = host_of(relay.url)
+        tables = {"upstreams": [relay.url.replace("http", "ws")], "backfill": {"source": "relay"}}
+        async with World(tmp_path, host, **tables) as world:
+            hosts = world.backfill.tools.hosts
+            await seen(world, [queued])
+            for _ in range(2):
+                hosts.take(name)  # it is in use, so that one waits for it when it is banned
+            task = asyncio.create_task(world.backfill.run())
+            while name not in world.backfill._ready.hosts():
+                await asyncio.sleep(0)
+            await world.backfill.hosts.ban(name)
+            await world.until(lambda: all_synced(world, [queued]))
+            await world.backfill.add([later.did])
+            await world.until(lambda: all_synced(world, accounts))
+            await world.backfill.stop()
+            await task
+        assert (host.asked, relay.asked) == ([queued.did, later.did], [])
+
+
+async def test_a_row_is_let_go_with_the_host_that_holds_it(tmp_path: Path) -> None:
+    one, other = accounts = several(2)
+    async with Host() as host, World(tmp_path, host) as world:
+        await seen(world, accounts)
+        for held_one, name in ((one, "old.example.com"), (other, "another.example.com")):
+            unit = HoldUnit([held_one.did], name, BANNED, clock_us() + 10_000_000_000, {})
+            await world.writer.run("hold", unit)
+        assert world.row(one).error == f"{BANNED}: old.example.com is banned"
+        releases = Releases(world.db, world.writer, world.backfill.tools.hosts)
+        await releases._walk({"old.example.com"})
+        assert [reason_of(world.row(each).error) for each in accounts] == ["", BANNED]
 
 
 async def test_a_host_with_too_many_accounts_waits_for_a_word(tmp_path: Path) -> None:
