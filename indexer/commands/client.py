@@ -150,16 +150,17 @@ def with_daemon(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--token", help="Management token  [default: the setting management.token]"),
         click.option(
             "--management-url",
-            callback=_checked_url,
+            callback=checked_url,
             help="Management listener  [default: from management.bind]",
         ),
-        click.option("--url", callback=_checked_url, help="Public listener  [default: from public.bind]"),
+        click.option("--url", callback=checked_url, help="Public listener  [default: from public.bind]"),
     ):
         wrapper = option(wrapper)
     return wrapper
 
 
-def _checked_url(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+def checked_url(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """An option's address; raises `click.BadParameter`."""
     try:
         return value if value is None else check_address(value, ("http", "https"))
     except ValueError as error:

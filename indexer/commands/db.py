@@ -20,7 +20,7 @@ import click
 
 from indexer.atproto.syntax import check_did
 from indexer.cas import FsBlobStore
-from indexer.commands.client import Daemon, daemon_of, run_client
+from indexer.commands.client import Daemon, checked_url, daemon_of, run_client
 from indexer.commands.paths import NamedPath
 from indexer.commands.progress import Tell, bar, counted
 from indexer.config import Settings, load
@@ -46,6 +46,7 @@ class Place:
     settings: Settings
     data_dir: Path
     daemon: Daemon
+    named: bool  # the daemon was named, and no data directory
 
     @property
     def path(self) -> Path:
@@ -71,20 +72,31 @@ class Place:
         there: Callable[[Daemon], Awaitable[dict[str, Any]]],
         *,
         open_: Callable[[], Database] | None = None,
+        any_daemon: bool = False,
     ) -> dict[str, Any]:
         """``here`` on the database, to look at or as ``open_`` opens it, or ``there`` with the daemon that
-        holds it."""
+        holds it. With ``any_daemon`` one that was named is asked, whatever it holds."""
+        if any_daemon and self.named:
+            return run_client(self._asked(there))
         try:
             with (open_ or self.looked_at)() as db:
                 return here(db)
         except StoreLocked:
-            try:
-                return run_client(self._asked(there))
-            except FetchRefused as error:  # as the command says it when no daemon runs
-                raise StoreError(str(error).removeprefix(f"{error.name}: ")) from error
+            return run_client(self._asked(there, ours=True))
 
-    async def _asked(self, there: Callable[[Daemon], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-        """The daemon's answer, when it is the one that holds this database."""
+    async def _asked(
+        self, there: Callable[[Daemon], Awaitable[dict[str, Any]]], *, ours: bool = False
+    ) -> dict[str, Any]:
+        """The daemon's answer; with ``ours`` only when it is the one that holds this database."""
+        try:
+            if ours:
+                await self._expect_holder()
+            return await there(self.daemon)
+        except FetchRefused as error:  # as the command says it when no daemon runs
+            raise StoreError(str(error).removeprefix(f"{error.name}: ")) from error
+
+    async def _expect_holder(self) -> None:
+        """Raises unless the daemon is the one that holds this database."""
         held, where = f"another process holds {self.data_dir}", self.daemon.management
         name_it = "name the daemon that holds it with --management-url or --config"
         try:
@@ -98,7 +110,6 @@ class Place:
         if theirs.get("identity") != identity(self.path):
             other = theirs.get("data_dir", "another one")
             raise StoreLocked(f"{held}, not the daemon at {where}, which holds {other}; {name_it}")
-        return await there(self.daemon)
 
 
 def with_place(command: Callable[..., None]) -> Callable[..., None]:
@@ -110,13 +121,18 @@ def with_place(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         settings = load(config)
         daemon = daemon_of(settings, None, management_url, token)
-        command(place=Place(settings, data_dir or settings.data_dir, daemon), **rest)
+        named = management_url is not None and data_dir is None
+        command(place=Place(settings, data_dir or settings.data_dir, daemon, named), **rest)
 
     file, folder = NamedPath(dir_okay=False), NamedPath(file_okay=False)
     for option in (
         click.option("--config", type=file, help="Settings file (TOML)."),
         click.option("--token", help="Management token  [default: the setting management.token]"),
-        click.option("--management-url", help="Management listener  [default: from management.bind]"),
+        click.option(
+            "--management-url",
+            callback=checked_url,
+            help="Management listener  [default: from management.bind]",
+        ),
         click.option("--data-dir", type=folder, help="Data directory  [default: the setting data_dir]"),
     ):
         wrapper = option(wrapper)

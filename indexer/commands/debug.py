@@ -62,8 +62,9 @@ def quarantine(
         _show(place, show, raw=raw)
     else:
         wanted = refused.Wanted(None if did is None else check_did(did), reason, source)
-        entries = place.here_or_there(_list_here(wanted, limit), _list_there(wanted, limit))["entries"]
-        _print_list(entries, raw=raw)
+        here, there = _list_here(wanted, limit), _list_there(wanted, limit)
+        entries = place.here_or_there(here, there, any_daemon=True)["entries"]
+        _print_list(entries, wanted, raw=raw)
 
 
 # --- list -------------------------------------------------------------------------------------------------
@@ -98,13 +99,15 @@ def _list_there(wanted: refused.Wanted, limit: int) -> Callable[[Daemon], Awaita
     return there
 
 
-def _print_list(entries: list[Mapping[str, Any]], *, raw: bool) -> None:
+def _print_list(entries: list[Mapping[str, Any]], wanted: refused.Wanted, *, raw: bool) -> None:
     if raw:
         for entry in entries:
             click.echo(safe_json(json.dumps(entry)))
         return
     if not entries:
-        click.echo("no refused frame is kept", err=True)
+        options = [f"--{name} {value}" for name, value in wanted._asdict().items() if value is not None]
+        which = f"that is kept fits {' '.join(options)}" if options else "is kept"
+        click.echo(safe_text(f"no refused frame {which}"), err=True)
         return
     click.echo(_LINE.format("id", "time", "reason", "seq", "account, upstream, message"))
     for entry in entries:
@@ -129,6 +132,7 @@ def _show(place: Place, number: int, *, raw: bool) -> None:
     shown = place.here_or_there(
         lambda db: refused.details(number, _row(db, number)),
         lambda daemon: daemon.manage("GET", f"/debug/quarantine/{number}"),
+        any_daemon=True,
     )
     if raw:
         click.echo(safe_json(json.dumps(shown)))
@@ -147,7 +151,10 @@ def _extract(place: Place, number: int, file: Path) -> None:
         async with daemon.content(f"/debug/quarantine/{number}?raw=true") as content:
             return {"data": await content.read()}
 
-    data: bytes = place.here_or_there(lambda db: {"data": _row(db, number).data}, there)["data"]
+    def here(db: Database) -> dict[str, Any]:
+        return {"data": _row(db, number).data}
+
+    data: bytes = place.here_or_there(here, there, any_daemon=True)["data"]
     try:
         file.write_bytes(data)
     except OSError as error:

@@ -99,7 +99,7 @@ def check_listing(capsys: Output, tmp_path: Path, *where: str) -> None:
     assert lines[1].split()[0] == "0"
     assert "\x1b" not in lines[1]
     assert _code("debug", "quarantine", "--reason", "none", *where) == 0
-    assert capsys.readouterr().err == "no refused frame is kept\n"
+    assert capsys.readouterr().err == "no refused frame that is kept fits --reason none\n"
     assert _code("debug", "quarantine", "--show", "3", *where) == 0
     shown = capsys.readouterr().out
     assert "type:    #commit" in shown
@@ -129,3 +129,17 @@ async def test_refused_frames_of_a_running_daemon(tmp_path: Path, capsys: Output
         await node.daemon.writer.run("t", refuse)
         where = ("--data-dir", str(tmp_path / "data"), "--management-url", node.daemon.management_url)
         await asyncio.to_thread(check_listing, capsys, tmp_path, *where)
+
+
+async def test_refused_frames_of_a_daemon_that_was_named_and_runs_elsewhere(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with managed(tmp_path / "theirs", []) as node:
+        where = ("--management-url", node.daemon.management_url)
+        monkeypatch.setenv("INDEXER_DATA_DIR", str(tmp_path / "none"))
+        assert await asyncio.to_thread(_code, "debug", "quarantine", *where) == 0
+        assert capsys.readouterr().err == "no refused frame is kept\n"
+        await node.daemon.writer.run("t", refuse)
+        await asyncio.to_thread(check_listing, capsys, tmp_path, *where)
+    assert await asyncio.to_thread(_code, "debug", "quarantine", *where) == 1
+    assert "no daemon answers at" in capsys.readouterr().err
