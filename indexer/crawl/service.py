@@ -171,7 +171,10 @@ class Crawler:
             target.note = f"the host is held back: {hosts.held(target.host)}"
             self._plan(target, _LONGEST_S)
         elif target.running or not hosts.free(target.host):
-            self._plan(target, min(max(hosts.penalty_s(target.host), _BUSY_S), _LONGEST_S))
+            rest_s = hosts.penalty_s(target.host)
+            if rest_s and not target.running:
+                target.note = self._sweeper.idle_note(target) or hosts.rest_note(target.host)
+            self._plan(target, min(max(rest_s, _BUSY_S), _LONGEST_S))
         else:
             self._running += 1
             target.note = ""

@@ -123,10 +123,8 @@ class Sweeper:
         asked = looked_for(filters)
         if sweep.started_us and sweep.asked == asked:
             return True
-        target.note = nothing_to_find(filters)
         collections = self._collections(target)
-        if target.mode == BY_COLLECTION and not collections:
-            target.note = target.note or "no collection was seen yet that the filter names"
+        target.note = self._idle(target, collections)
         if target.note:
             return False
         new = begun(sweep, tools.clock(), asked, collections)
@@ -134,6 +132,18 @@ class Sweeper:
         target.sweep = new
         log.info("crawl_begun", source=target.name)
         return True
+
+    def idle_note(self, target: Target) -> str:
+        """Why nothing would be looked for, also if the host could be asked; "" when something would."""
+        if target.sweep.started_us and target.sweep.asked == looked_for(self._tools.filters):
+            return ""
+        return self._idle(target, self._collections(target))
+
+    def _idle(self, target: Target, collections: Sequence[Nsid]) -> str:
+        note = nothing_to_find(self._tools.filters)
+        if not note and target.mode == BY_COLLECTION and not collections:
+            note = "no collection was seen yet that the filter names"
+        return note
 
     def _collections(self, target: Target) -> Sequence[Nsid]:
         if target.mode != BY_COLLECTION:

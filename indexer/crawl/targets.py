@@ -52,7 +52,7 @@ class Target:
     sweep: Sweep = field(default_factory=Sweep)
     failures: int = 0
     error: str = ""
-    note: str = ""  # why nothing is looked for
+    note: str = ""  # why nothing is looked for, or its host is not asked
     not_before: float = 0.0  # loop time
     serial: int = 0
     task: asyncio.Task[None] | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from indexer.backfill.hosts import host_of
 from indexer.crawl import sweeper
 from indexer.crawl.sweep import Sweep
 from indexer.crawl.targets import host_url
@@ -16,7 +17,7 @@ from indexer.simulator.account import Write
 from indexer.simulator.faults import Fault
 from indexer.store.codecs import NEW_REPO, AccountStatus
 from indexer.store.keyspaces import CRAWL
-from tests.crawl.node import dids_of, network, node
+from tests.crawl.node import CrawlNode, dids_of, network, node
 
 POST, RARE = "app.bsky.feed.post", "com.example.rare.thing"
 
@@ -77,6 +78,22 @@ async def test_nothing_is_asked_where_nothing_is_looked_for(tmp_path: Path) -> N
             assert "filter.signals is empty" in n.crawler.sources()[0]["note"]
             assert n.total("pages") == 0
             assert n.known() == set()
+
+
+@pytest.mark.parametrize(
+    ("mode", "why"), [("full", "left alone until 20"), ("filter", "nothing is looked for")]
+)
+async def test_a_source_whose_host_rests_says_what_it_waits_for(tmp_path: Path, mode: str, why: str) -> None:
+    url = "http://127.0.0.1:9"  # nobody is asked
+    settings = {"upstreams": [], "plc_urls": [url], "verifiers": 0, "filter": {"mode": mode}}
+    async with CrawlNode(tmp_path, settings) as n:
+        n.backfill.tools.hosts.fault(host_of(url), jitter=0.0, retry_after=500.0, error="busy: HTTP 503")
+        await n.crawler.add(url)
+        await n.until(lambda: n.source()["note"])
+        assert why in n.source()["note"]
+        assert ("busy: HTTP 503" in n.source()["note"]) == (mode == "full")
+        assert n.total("pages") == 0
+        await n.backfill.hosts.save()
 
 
 @pytest.mark.slow
