@@ -24,7 +24,7 @@ import orjson
 from bench.records import PER_REPO, made, owner
 from indexer.config import LogSettings, Settings
 from indexer.logs import configure_logging
-from indexer.memory import collect_rarely, limit_arenas
+from indexer.memory import IN_DAEMON, collect_rarely, limit_arenas
 from indexer.store.codecs import NEW_REPO, SyncState
 from indexer.store.database import Database
 from indexer.store.gc import BlocksGcWorker
@@ -59,7 +59,7 @@ async def opened(folder: Path, tables: dict[str, Any]) -> AsyncIterator[Store]:
     """The store in ``folder``, where a daemon with that data_dir looks for it."""
     settings = Settings.model_validate(tables)
     limit_arenas(settings.malloc_arenas)
-    collect_rarely()
+    collect_rarely(IN_DAEMON)
     with Database.open(folder / "db", memory_mib=settings.memory_mib) as db:
         writer = Writer(db, settings)
         await writer.start()

@@ -13,7 +13,7 @@ from bench.report import Report, Target
 from indexer.atproto.frames import CommitFrame, decode_frame
 from indexer.atproto.syntax import tid_from_micros
 from indexer.ingest.verify import Item, Outcome, VerifyLimits, verify_batch
-from indexer.memory import collect_rarely
+from indexer.memory import IN_WORKER, collect_rarely
 from indexer.simulator.corpus import pregenerate
 
 REDUCED = (100, 1_000, 10_000)
@@ -28,7 +28,7 @@ _FAR_FUTURE_US = 4_000_000_000_000_000
 def run(options: Options) -> Report:
     """One rate for each repository size."""
     report = Report("verify", notes=[machine()])
-    collect_rarely()  # as a verifier's process
+    collect_rarely(IN_WORKER)  # as a verifier's process
     limits = VerifyLimits(max_rev=tid_from_micros(_FAR_FUTURE_US))
     for records in options.chosen(REDUCED, FULL):
         items = commit_frames(options, records)

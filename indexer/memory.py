@@ -16,8 +16,10 @@ from typing import Final
 
 #: `mallopt`'s parameter in glibc's malloc.h.
 _M_ARENA_MAX: Final = -8
-#: Containers that come until the youngest are looked at, and how many such looks until older ones are.
-_COLLECT_AFTER: Final = (50_000, 20, 50)
+#: Objects that come until the youngest are looked at: in a worker, and in the daemon, where what nobody
+#: needs may be whole chunks of records.
+IN_WORKER: Final = 50_000
+IN_DAEMON: Final = 10_000
 
 
 def limit_arenas(count: int) -> bool:
@@ -31,6 +33,6 @@ def limit_arenas(count: int) -> bool:
     return mallopt is not None and bool(mallopt(_M_ARENA_MAX, count))
 
 
-def collect_rarely() -> None:
-    """For a process that makes many objects and hardly any cycles: some megabytes may be garbage."""
-    gc.set_threshold(*_COLLECT_AFTER)
+def collect_rarely(after: int) -> None:
+    """For a process that makes many objects and hardly any cycles: as many may be garbage meanwhile."""
+    gc.set_threshold(after, 10, 10)

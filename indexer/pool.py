@@ -21,7 +21,7 @@ from multiprocessing.context import SpawnProcess
 from typing import ParamSpec, TypeVar
 
 from indexer.errors import WorkerDied
-from indexer.memory import collect_rarely
+from indexer.memory import IN_WORKER, collect_rarely
 
 #: Time for running work to end at a stop, in seconds.
 STOP_S = 2.0
@@ -173,7 +173,7 @@ def _nothing() -> None:
 
 
 def _prepare_worker() -> None:
-    collect_rarely()
+    collect_rarely(IN_WORKER)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
