@@ -97,15 +97,15 @@ def holds_more(db: Database, did: Did, ranges: Sequence[Range]) -> bool:
     return bool(db.records(did, start=start, limit=1))
 
 
-def unfit(estimate: Estimate, settings: BackfillSettings, rounds: int, *, first: bool) -> str:
-    """Why the whole repository is the better choice, "" while it is not; ``rounds`` are left."""
+def unfit(estimate: Estimate, settings: BackfillSettings, *, first: bool) -> str:
+    """Why the whole repository is the better choice, "" while it is not."""
     if first and estimate.total < settings.sparse_min_records:
         return "small"
     if not estimate.sure:
         return ""
     if estimate.share > settings.sparse_share:
         return "share"
-    if estimate.wanted > rounds * settings.sparse_parallel * settings.sparse_blocks:
+    if estimate.wanted > settings.sparse_rounds * settings.sparse_parallel * settings.sparse_blocks:
         return "rounds"
     return ""
 
@@ -264,7 +264,7 @@ class _Fetch:
         await self._begin()
         while wanted := self._plan.missing(settings.sparse_blocks * settings.sparse_parallel):
             first = self._rounds == settings.sparse_rounds
-            if reason := unfit(self._plan.estimate(), settings, self._rounds, first=first):
+            if reason := unfit(self._plan.estimate(), settings, first=first):
                 raise Unfit(reason)
             self._rounds -= 1
             if not await self._round(wanted):

@@ -124,7 +124,23 @@ async def test_portions_stay_within_the_settings_and_what_the_host_allows(tmp_pa
 def test_when_the_whole_repository_is_the_better_choice(
     estimate: Estimate, rounds: int, first: bool, reason: str
 ) -> None:
-    assert unfit(estimate, BackfillSettings(), rounds, first=first) == reason
+    assert unfit(estimate, BackfillSettings(sparse_rounds=rounds), first=first) == reason
+
+
+async def test_a_part_may_take_all_of_its_rounds(tmp_path: Path) -> None:
+    """What was fetched already is not counted against those that are left."""
+    one = account("one", records(40))
+    bounds = {"sparse_blocks": 10, "sparse_parallel": 1}
+    async with PartHost() as host, world_of(tmp_path, host, LIKE, **bounds) as world:
+        host.serve(one)
+        await world.fetch(one)
+        rounds = len(host.portions)
+        sparse = world.backfill.tools.sparse
+        for changes, parts in (({"sparse_rounds": rounds}, 2), ({"sparse_rounds": rounds - 1}, 2)):
+            sparse.settings = sparse.settings.model_copy(update=changes)
+            await world.fetch(one)
+            assert outcome(world)[0] == parts
+        assert outcome(world)[1] == {"rounds": 1}
 
 
 async def test_a_plan_holds_nothing_up_and_ends_once_it_misses_more_than_can_be_fetched() -> None:
