@@ -3,9 +3,9 @@ records in between. Hot.
 
 Takes the archive in windows, checks everything in each (hashes, nodes, layers, order, and that the sections
 are exactly those that the tree names next), and keeps nothing but the open nodes from one window to the next,
-so memory does not grow with the repository. Decides only what every good archive in this order passes:
-anything else makes it answer None and stay as it was, for the walk that takes blocks in any order.
-Pure state machine, any thread.
+so memory does not grow with the repository. A record that stands under several keys may come once, where the
+caller remembers it. Decides only what every good archive in this order passes: anything else makes it answer
+None and stay as it was, for the walk that takes blocks in any order. Pure state machine, any thread.
 
 Where the time goes (5 MiB, 13,196 records): sections 16 % and their hashes 30 %, taking nodes apart 24 %, key
 layers 12 %, places in the tree 11 %. Work is done for a window at a time, in lists that one call fills or
@@ -14,6 +14,7 @@ compares, and that fit the processor's cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import sha256
 from mmap import mmap
 from typing import Any, Final, NamedTuple
@@ -34,15 +35,18 @@ _MAP_OF_TWO: Final = NODE_START[0]
 
 #: keys, values, children (one more), number of the child that was entered last
 Frame = list[Any]
+#: The block of a record that passed before, None when it is not remembered.
+Recall = Callable[[Cid], bytes | None]
 
 
 class Taken(NamedTuple):
-    """What one window proved: the records whose blocks it holds, and where it ends."""
+    """What one window proved: the records whose blocks it holds or that were recalled, and where it ends."""
 
     end: int
     text: str  # the paths, with newlines between them
     starts: list[int]
     ends: list[int]
+    recalled: dict[int, tuple[Cid, bytes]]  # by the number of the path; the other paths have the sections
 
     @property
     def paths(self) -> list[Path]:
@@ -83,8 +87,11 @@ class Preorder:
         """Whether the tree's last record has come."""
         return self._want is None and not self._order
 
-    def window(self, data: bytes | mmap, at: int, stop: int) -> Taken | None:
-        """Takes the whole sections that begin in [at, stop); None when they are not as they should be."""
+    def window(self, data: bytes | mmap, at: int, stop: int, recall: Recall | None = None) -> Taken | None:
+        """Takes the whole sections that begin in [at, stop); None when they are not as they should be.
+
+        With ``recall``, which needs checked hashes, the section of a record that it gives need not be there.
+        """
         if self._limits.max_block < TWO_BYTES:
             return None
         try:
@@ -93,7 +100,7 @@ class Preorder:
                 return None
             if self.done:
                 return self._tail(found)
-            return self._tree(found)
+            return self._tree(found, data, recall)
         except (CarError, MstError):
             return None
 
@@ -105,19 +112,27 @@ class Preorder:
         """(open nodes, layer of the root or -1, the next node), for a walk that goes on from here."""
         return self._stack, self._layer, self._want
 
-    def supply(self) -> None:
-        """The first of `pending` was found elsewhere: its section need not come."""
-        self._text = self._text.partition("\n")[2]
-        del self._order[0]
+    def supply(self, at: int, recall: Recall) -> Taken:
+        """The first of `pending`, as far as they are remembered: their sections need not come. No window is
+        taken ``at`` the place where the walk stands."""
+        recalled: dict[int, tuple[Cid, bytes]] = {}
+        for line, cid in enumerate(self._order):
+            block = recall(cid)
+            if block is None:
+                break
+            recalled[line] = cid, block
+        now, self._text = _cut(self._text, len(self._order), len(recalled))
+        del self._order[: len(recalled)]
+        return Taken(at, now, [], [], recalled)
 
     def _tail(self, found: _Sections) -> Taken | None:
         """Behind the tree anything may lie, in whole sections."""
         if not are_cids(b"".join(found.cids)):
             return None
         self.blocks += len(found.cids)
-        return Taken(found.end, "", [], [])
+        return Taken(found.end, "", [], [], {})
 
-    def _tree(self, found: _Sections) -> Taken | None:
+    def _tree(self, found: _Sections, data: bytes | mmap, recall: Recall | None) -> Taken | None:
         if max(map(len, found.nodes), default=0) > self._tree_limits.max_node_bytes:
             return None
         split = split_nodes(found.nodes)
@@ -126,10 +141,11 @@ class Preorder:
         place = _Place(self._want, [frame.copy() for frame in self._stack], self._layer, list(self._order))
         if not place.run(split):
             return None
-        cids, order = found.cids, place.order
-        met = len(order)
-        if order[: len(cids)] != cids[:met]:
+        cids = found.cids
+        match = _match(place, found, data, recall)
+        if match is None:
             return None
+        met = match.sections
         if met < len(cids) and (place.want is not None or not are_cids(b"".join(cids[met:]))):
             return None
         entries = self.entries + len(found.nodes) + len(place.keys)
@@ -143,10 +159,10 @@ class Preorder:
         if place.keys:
             texts.append(check_keys(place.keys))
         named = len(self._order) + len(place.keys)
-        ready = min(len(found.starts), named)
-        now, later = _cut("\n".join(texts), named, ready)
-        self._commit(place, entries, order[len(cids) :], later, len(cids))
-        return Taken(found.end, now, found.starts[:ready], found.ends[:ready])
+        now, later = _cut("\n".join(texts), named, match.records + len(match.recalled))
+        self._commit(place, entries, place.order[match.used :], later, len(cids))
+        records = slice(match.records)
+        return Taken(found.end, now, found.starts[records], found.ends[records], match.recalled)
 
     def _commit(self, place: _Place, entries: int, order: list[Cid], text: str, blocks: int) -> None:
         self._want, self._stack, self._layer = place.want, place.stack, place.layer
@@ -154,6 +170,56 @@ class Preorder:
         self._last = place.keys[-1] if place.keys else self._last
         self.entries = entries
         self.blocks += blocks
+
+
+class _Match(NamedTuple):
+    """How a window fits the order: so much of that is used, for so many sections."""
+
+    used: int
+    sections: int
+    records: int  # of the sections
+    recalled: dict[int, tuple[Cid, bytes]]
+
+
+def _match(place: _Place, found: _Sections, data: bytes | mmap, recall: Recall | None) -> _Match | None:
+    """None where a section is not the one that the tree names next."""
+    cids, order = found.cids, place.order
+    met = min(len(order), len(cids))
+    if order[:met] == cids[:met]:
+        return _Match(met, met, min(len(found.starts), len(order) - len(place.nodes)), {})
+    return None if recall is None else _match_recalled(place, found, data, recall)
+
+
+def _match_recalled(place: _Place, found: _Sections, data: bytes | mmap, recall: Recall) -> _Match | None:
+    """As `_match`, where records that stand in front of a section may have come before. One that may still
+    come is not recalled. What is a node by its place is one by its block: only that one fits there."""
+    cids, nodes = found.cids, set(place.nodes)
+    where = {data[start - CID_LENGTH : start]: (start, end) for start, end in zip(*found[3:], strict=True)}
+    blocks: dict[Cid, bytes] = {}  # of those that were recalled, one for all their keys
+    here: set[Cid] = set()
+    recalled: dict[int, tuple[Cid, bytes]] = {}
+    met = used = line = 0
+    for used, cid in enumerate(place.order):
+        is_node = used in nodes
+        if met == len(cids):
+            break
+        if cid == cids[met] and is_node != (cid in where):
+            met += 1
+            here.add(cid)
+        elif is_node:
+            return None
+        else:
+            block = blocks.get(cid)
+            if block is None:
+                block = data[slice(*where[cid])] if cid in here else recall(cid)
+            if block is None:
+                return None
+            blocks[cid] = block
+            recalled[line] = cid, block
+        line += not is_node
+    else:
+        used = len(place.order)
+    return _Match(used, met, line - len(recalled), recalled)
 
 
 def _cut(text: str, lines: int, first: int) -> tuple[str, str]:
@@ -233,13 +299,14 @@ def _sections(data: bytes | mmap, at: int, stop: int, largest: int, verify: bool
 class _Place:
     """Puts the nodes of a window into their places, and lists what must come in which order."""
 
-    __slots__ = ("keys", "layer", "layers", "order", "stack", "want")
+    __slots__ = ("keys", "layer", "layers", "nodes", "order", "stack", "want")
 
     def __init__(self, want: Cid | None, stack: list[Frame], layer: int, order: list[Cid]) -> None:
         self.want = want
         self.stack = stack
         self.layer = layer
         self.order = order
+        self.nodes: list[int] = []  # where in ``order``
         self.keys: list[bytes] = []
         self.layers: list[list[bytes]] = [[] for _ in range(layer + 1)]
 
@@ -257,6 +324,7 @@ class _Place:
         for count, left in zip(counts, lefts, strict=True):
             if self.want is None:
                 return False
+            self.nodes.append(len(order))
             order.append(self.want)
             stop = at + count
             own = keys[at:stop]

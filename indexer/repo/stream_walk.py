@@ -1,6 +1,6 @@
 """The walk of an archive in streaming order while it is read: memory for a window of it, whatever its size.
 
-Goes through `Preorder`. Blocks that passed are remembered as long as there is room, for a record that stands
+Goes through `Preorder`. Records that passed are remembered as long as there is room, for those that stand
 under several keys and came once. Where the order ends, what follows is gathered in memory and the walk goes
 on in the tree; what memory does not hold needs a disk, and `OrderLost` hands over the paused walk.
 """
@@ -25,7 +25,7 @@ from indexer.repo.walks import RecordWalk, Span, StoreWalk
 
 
 class _Window(NamedTuple):
-    number: int
+    number: int  # bytes that were added before it
     data: bytes
     starts: list[int]
     ends: list[int]
@@ -48,13 +48,15 @@ class Passed:
         self._most = most
         self._windows: deque[_Window] = deque()
         self._size = 0
-        self._number = 0
+        self._added = 0
         self._index: dict[Cid, tuple[int, bytes]] | None = None
 
     def add(self, data: bytes, starts: list[int], ends: list[int]) -> None:
         """Records of which each lies behind its CID in ``data``; the oldest are forgotten for them."""
-        self._number += 1
-        window = _Window(self._number, data, starts, ends)
+        if not starts:
+            return
+        window = _Window(self._added, data, starts, ends)
+        self._added += window.size
         self._windows.append(window)
         self._size += window.size
         if self._index is not None:
@@ -63,16 +65,24 @@ class Passed:
             self._forget(self._windows.popleft())
 
     def recall(self, cid: Cid) -> bytes | None:
-        """The record ``cid``, which counts as the latest then; None when it is not remembered."""
+        """The record ``cid``; None when it is not remembered."""
         if self._index is None:
             self._index = {}
             for window in self._windows:
                 self._index.update(window.blocks())
         found = self._index.get(cid)
-        if found is None:
-            return None
-        self.add(cid + found[1], [CID_LENGTH], [CID_LENGTH + len(found[1])])
-        return found[1]
+        return None if found is None else found[1]
+
+    def renew(self, records: dict[Cid, bytes]) -> None:
+        """Those of them that would be forgotten before long count as the latest."""
+        index, oldest = self._index or {}, self._added - self._most // 4
+        old = {cid: block for cid, block in records.items() if index.get(cid, (self._added,))[0] < oldest}
+        starts, ends, at = [], [], 0
+        for block in old.values():
+            starts.append(at + CID_LENGTH)
+            at += CID_LENGTH + len(block)
+            ends.append(at)
+        self.add(b"".join(part for item in old.items() for part in item), starts, ends)
 
     def clear(self) -> None:
         self._windows.clear()
@@ -154,14 +164,15 @@ class StreamWalk(RecordWalk):
         # One section after the other, up to the one that is out of order.
         while self._take(reader.at + 1) and reader.offset > before:
             before = reader.offset
-        if not self._recall():
+        if not self._supply():
             await self._leave_order()
 
     def _take(self, stop: int) -> bool:
         """Walks what begins before ``stop``; false when it is out of order, and nothing has changed then."""
         reader = self._reader
         with paused():
-            taken = self._order.window(reader.data, reader.at, min(stop, len(reader.data)))
+            stop = min(stop, len(reader.data))
+            taken = self._order.window(reader.data, reader.at, stop, self._passed.recall)
             if taken is None:
                 return False
             self._give_out(taken)
@@ -175,23 +186,35 @@ class StreamWalk(RecordWalk):
         data = self._reader.data[shift : taken.end]
         starts = [start - shift for start in taken.starts]
         ends = [end - shift for end in taken.ends]
-        self._passed.add(data, starts, ends)
         cids = [data[start - CID_LENGTH : start] for start in starts]
         blocks = [data[start:end] for start, end in zip(starts, ends, strict=True)]
-        found = self._plan.keeping.outputs(taken.paths, cids, blocks)
+        found = self._outputs(taken.paths, cids, blocks, taken.recalled)
+        self._passed.add(data, starts, ends)
         self._ready += filter(self._span.begins, found) if found[0].path < self._span.start else found
 
-    def _recall(self) -> bool:
-        """Gives out a record that is named and passed before; false when there is none."""
-        pending = self._order.pending()
-        block = self._passed.recall(pending[0][1]) if pending else None
-        if block is None:
-            return False
-        path, cid = pending[0]
-        self._order.supply()
-        output = Output(path, cid, *self._plan.keeping.outcome(block))
-        self._ready += filter(self._span.begins, [output])
-        return True
+    def _outputs(
+        self, paths: list[Path], cids: list[Cid], blocks: list[bytes], recalled: dict[int, tuple[Cid, bytes]]
+    ) -> list[Output]:
+        """The records under ``paths``, of which some were recalled and the others came in order."""
+        keeping = self._plan.keeping
+        if not recalled:
+            return keeping.outputs(paths, cids, blocks)
+        known = dict(recalled.values())
+        self._passed.renew(known)
+        outcomes = {cid: keeping.outcome(block) for cid, block in known.items()}
+        own = [path for line, path in enumerate(paths) if line not in recalled]
+        came = iter(keeping.outputs(own, cids, blocks))
+        found = []
+        for line, path in enumerate(paths):
+            cid = recalled[line][0] if line in recalled else None
+            found.append(next(came) if cid is None else Output(path, cid, *outcomes[cid]))
+        return found
+
+    def _supply(self) -> bool:
+        """Gives out records that are named next and passed before; false when there are none."""
+        taken = self._order.supply(self._reader.at, self._passed.recall)
+        self._give_out(taken)
+        return bool(taken.recalled)
 
     async def _leave_order(self) -> None:
         """Goes on in the tree with the blocks that remain, once all of them are here."""
