@@ -67,6 +67,6 @@ async def test_parts_are_followed_and_a_wider_filter_brings_the_rest(tmp_path: P
         async with Node(tmp_path, tables | {"filter": {"mode": "full", "collections": names}}) as node:
             await in_force(node)
             await node.until(lambda: right(node))
-            assert node.backfill.status()["parts"] == len(accounts)
+            assert node.backfill.status()["parts"] >= len(accounts)  # one that a commit meets is fetched anew
     finally:
         await network.stop()
