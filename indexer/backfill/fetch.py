@@ -21,6 +21,7 @@ import orjson
 from indexer.atproto.types import Did
 from indexer.backfill.budget import Share
 from indexer.backfill.diff import WantsCollection
+from indexer.backfill.hops import Hops
 from indexer.backfill.verify import table_path
 from indexer.backfill.waits import Allowance, allowance_of
 from indexer.config import BackfillSettings
@@ -113,6 +114,7 @@ async def fetch_repo(
     path: Path,
     share: Share,
     settings: BackfillSettings,
+    hops: Hops,
     *,
     in_memory: int = 0,
 ) -> Fetched:
@@ -128,11 +130,11 @@ async def fetch_repo(
     wire = settings.max_wire_mib << 20
     request = http.stream(
         url, max_bytes=settings.max_car_mib << 20, timeout=OWN_TIMER_S, wire_bytes=wire,
-        gzip=settings.gzip, proxied=True,
+        gzip=settings.gzip, proxied=True, before=hops,
     )  # fmt: skip
     share.waits(now())
     try:
-        async with asyncio.timeout_at(deadline.at(0)) as timer, request as response:
+        async with asyncio.timeout_at(deadline.at(0)) as timer, hops, request as response:
             served = response.url
             if response.status != 200:
                 await refuse(response, origin)

@@ -23,6 +23,7 @@ from indexer.backfill.budget import ByteBudget, Share
 from indexer.backfill.diff import WantsCollection
 from indexer.backfill.fetch import Fetched, Part, Spool, fetch_repo
 from indexer.backfill.holds import HoldUnit
+from indexer.backfill.hops import Hops, NoRoom
 from indexer.backfill.hosts import Hosts, host_of
 from indexer.backfill.outcome import (
     BELOW_MIN_REV,
@@ -112,6 +113,7 @@ class Job:
         self._epoch: int | None = None  # from the claim on
         self._spooled = False  # there may be files
         self._held = ""  # the host whose slot was taken ahead of the fetch
+        self._behind = ""  # and the PDS to which that one, a relay, redirects
         self._parsed: Share
 
     async def run(self) -> str | None:
@@ -152,27 +154,33 @@ class Job:
                 if not tools.hosts.free(needed):
                     return needed
             async with AsyncExitStack() as slot:
-                self._hold(host, slot)
+                self._hold(host, pds, slot)
                 claimed = await tools.writer.run("backfill_claim", ClaimUnit(self._did, identity))
                 if claimed is None:
                     return None
                 self._epoch = claimed.epoch
-                obtained = await self._obtain(identity, share)
+                try:
+                    obtained = await self._obtain(identity, share)
+                except NoRoom as busy:
+                    return busy.host
             await self._apply(claimed.epoch, obtained)
         return None
 
     def _recheck(self) -> Micros:
         return clock_us() + int(self._tools.settings.hosts.recheck * 1e6)
 
-    def _hold(self, host: str, slot: AsyncExitStack) -> None:
+    def _hold(self, host: str, pds: str, slot: AsyncExitStack) -> None:
         self._tools.hosts.take(host)
         self._held = host
+        if pds != host and self._tools.hosts.join(pds):
+            self._behind = pds
         slot.callback(self._unhold)
 
     def _unhold(self) -> None:
-        host, self._held = self._held, ""
-        if host:
-            self._tools.hosts.release(host)
+        for host in (self._held, self._behind):
+            if host:
+                self._tools.hosts.release(host)
+        self._held = self._behind = ""
 
     def _origins(self, identity: Identity) -> list[str]:
         """Where the repository is asked for, in order. The PDS has the last word, a banned relay none."""
@@ -255,6 +263,9 @@ class Job:
         hosts, host, pds = self._tools.hosts, host_of(origin), identity.pds
         if host == self._held:
             self._held = ""  # its slot is given back below, before the CAR is verified
+        elif host == self._behind and not hosts.wait_s(host):
+            self._behind = ""
+            hosts.pay(host)
         elif hosts.free(host):
             hosts.take(host)
         else:
@@ -263,12 +274,16 @@ class Job:
             fetched = await self._part(origin, identity, share) or await self._whole(origin, share)
         except IndexerError as error:
             url = error.url if isinstance(error, FetchError) else ""
-            self._blame(host_of(pds) if host_of(url) == host_of(pds) else host, error)
+            behind = host_of(url) == host_of(pds) or judge(error).rate_limited
+            self._blame((behind and host_of(url)) or host, error)
             raise
         finally:
             hosts.release(host)
-        served_by_pds = host_of(fetched.url) == host_of(pds)
-        hosts.success(host_of(pds) if served_by_pds else host, allowance=fetched.allowance)
+        self._unhold()
+        served = host_of(fetched.url)
+        hosts.success(served, allowance=fetched.allowance)
+        if served != host:
+            hosts.success(host)
         return fetched
 
     def _archived(self) -> bool:
@@ -280,6 +295,7 @@ class Job:
         spooled, self._spooled = self._spooled, True  # it may end half-way
         fetched = await fetch_repo(
             self._tools.http, origin, self._did, self._car, share, settings,
+            Hops(self._tools.hosts, (host_of(origin), self._behind)),
             in_memory=0 if self._archived() else settings.memory_kib << 10,
         )  # fmt: skip
         self._spooled = spooled or not isinstance(fetched.car, bytes)

@@ -311,8 +311,8 @@ class Backfill:
         return host_of(identity.pds if identity is not None else row.pds)
 
     async def _postpone(self) -> None:
-        """Puts off the repositories of hosts that are left alone, so that they do not fill the window. Those of
-        a banned relay may be had from their own hosts."""
+        """Puts off the repositories of hosts that are left alone, so that they do not fill the window. Those
+        of a banned relay may be had from their own hosts."""
         for host in self._ready.hosts():
             held = bool(host) and self._hosts.held(host)
             if held and host == host_of(self.tools.relay):

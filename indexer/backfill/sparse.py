@@ -30,6 +30,7 @@ from indexer.atproto.node import MAX_LAYER
 from indexer.atproto.types import Cid, Did, DidKey
 from indexer.backfill.budget import Share
 from indexer.backfill.fetch import Fetched, Part, refuse
+from indexer.backfill.hops import Hops
 from indexer.backfill.hosts import Hosts, host_of
 from indexer.backfill.outcome import ACCOUNT_ANSWERS, HOST_BUSY
 from indexer.backfill.waits import allowance_of
@@ -366,10 +367,11 @@ class _Fetch:
             raise Unfit("bytes")
         if asked is None:
             left = min(left, settings.sparse_proof_kib << 10)
-        request = self._tools.http.stream(url, max_bytes=left, gzip=settings.gzip, proxied=True)
+        hops = Hops(self._tools.hosts, (self._host,))
+        request = self._tools.http.stream(url, max_bytes=left, gzip=settings.gzip, proxied=True, before=hops)
         share.waits(self._now())  # answers are small: what they bring is counted, and waits before the next
         splitter = CarSplitter(Limits(max_bytes=left))
-        async with request as response:
+        async with hops, request as response:
             self._url = response.url
             if response.status != 200:
                 await refuse(response, self._ask.origin)
@@ -382,7 +384,7 @@ class _Fetch:
                 share.add(len(chunk))
                 share.waits(self._now())
             allowance = allowance_of(response.headers, time.time())
-        self._tools.hosts.success(self._host, allowance=allowance)
+        self._tools.hosts.success(host_of(self._url), allowance=allowance)
         try:
             splitter.close()
         except CarError as error:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from indexer.atproto.types import Micros
-from indexer.backfill.hosts import Hosts
+from indexer.backfill.hops import Hops
+from indexer.backfill.hosts import Hosts, host_of
+from indexer.backfill.outcome import HOST_BUSY
 from indexer.backfill.waits import allowance_of
 from indexer.config import CrawlerSettings, Settings
 from indexer.errors import FetchTransient
@@ -67,9 +69,12 @@ class CrawlTools:
         hosts = self.hosts
         hosts.take(host)
         try:
-            response = await self.http.get(url, max_bytes=max_bytes)
+            async with Hops(hosts, (host,)) as hops:
+                response = await self.http.get(url, max_bytes=max_bytes, before=hops)
             expect(response)
         except FetchTransient as error:
+            if error.reason == HOST_BUSY:  # another one, to which it redirects
+                raise
             limited = error.reason == "rate_limited"
             hosts.fault(
                 host, jitter=self.jitter(), retry_after=error.retry_after, limited=limited, error=str(error)
@@ -77,7 +82,10 @@ class CrawlTools:
             raise
         finally:
             hosts.release(host)
-        hosts.success(host, allowance=allowance_of(response.headers, time.time()))
+        served = host_of(response.url)
+        hosts.success(served, allowance=allowance_of(response.headers, time.time()))
+        if served != host:
+            hosts.success(host)
         return response
 
 
