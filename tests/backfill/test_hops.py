@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ def one_at_a_time(target: Host) -> dict[str, Any]:
     return {"rules": [f"{host_of(target.url)}=one"], "tiers": ["one=1/0/0", "trusted=16/200/0"]}
 
 
-def slow(one: Account, first: Host, many: int) -> Handler:
-    """Answers once ``many`` were asked for at the ``first`` host, and everybody else had a turn."""
+def slow(one: Account, others_began: Callable[[], bool]) -> Handler:
+    """Answers once the other fetches began, and had the turns to come as far."""
 
     async def answer(_: web.Request) -> web.StreamResponse:
-        while len(first.asked) < many:
+        while not others_began():
             await asyncio.sleep(0)
-        for _turn in range(100):
+        for _turn in range(300):
             await asyncio.sleep(0)
         return web.Response(body=car_of(one))
 
@@ -56,9 +57,12 @@ async def test_the_host_behind_a_redirect_is_asked_by_its_own_limits(tmp_path: P
         for one in accounts:
             directory.serve(one)
             first.answers[one.did] = redirect(last)
-            last.answers[one.did] = slow(one, first, 4 if source == "pds" else 1)
+            last.answers[one.did] = slow(one, lambda: directory.documents == 4)
         upstreams = [first.url.replace("http", "ws")] if source == "relay" else []
-        tables = {"upstreams": upstreams, "backfill": {"source": source, "concurrency": 4}}
+        tables = {
+            "upstreams": upstreams,
+            "backfill": {"source": source, "concurrency": 4, "stalled_after": 20},
+        }
         async with World(tmp_path, directory, hosts=one_at_a_time(last), **tables) as world:
             hosts = world.backfill.tools.hosts
             hosts._state(host_of(first.url)).window = 4
