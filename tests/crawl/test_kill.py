@@ -35,7 +35,8 @@ hard_floor_mib = 0
 [durability]
 flush_interval = 0
 [backfill]
-processes = 0
+memory_workers = 0
+disk_workers = 0
 [hosts]
 requests_per_s = 0
 [crawler]
@@ -62,8 +63,8 @@ async def test_killed_again_and_again_it_goes_on_where_it_was(tmp_path: Path) ->
                 stderr=asyncio.subprocess.PIPE, cwd=ROOT,
             )  # fmt: skip
             assert process.stderr is not None
-            while b'"listening"' not in await process.stderr.readline():
-                assert process.returncode is None
+            while b'"listening"' not in (line := await process.stderr.readline()):
+                assert line, "it ended before it listened"
             reading = asyncio.create_task(process.stderr.read())
             await asyncio.wait([reading], timeout=rng.uniform(0.05, 1.2))  # lives for so long
             assert process.returncode is None, await reading
