@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -88,7 +89,8 @@ class ChaosRun:
             self._tasks = [asyncio.create_task(self.reader.run()), asyncio.create_task(self.victim.watch())]
             await self._acts()
         except (AssertionError, aiohttp.ClientError, TimeoutError) as error:
-            self.faults.append(f"{type(error).__name__}: {error}")
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self.faults.append(f"{type(error).__name__} at {place.filename}:{place.lineno}: {error}")
         finally:
             for task in self._tasks:
                 task.cancel()
