@@ -34,7 +34,8 @@ from indexer.store.transaction import Transaction
 from indexer.store.upkeep import compact_all
 from indexer.store.writer import Writer
 
-SYNCED: Final = NEW_REPO._replace(tracked=True, state=SyncState.SYNCED, complete=True)
+_REV: Final = "3l6oveex3ii2l"
+SYNCED: Final = NEW_REPO._replace(tracked=True, state=SyncState.SYNCED, complete=True, rev=_REV)
 _PER_UNIT: Final = 50
 _UNITS: Final = 40  # in flight
 _RETENTION_S: Final = 3.0
@@ -95,7 +96,7 @@ def put(number: int, count: int, version: int, live: bool, tx: Transaction) -> N
         tx.set_repo(did, SYNCED)
     for each in range(number, number + count):
         path, cid, block = made(each, version)
-        tx.put_record(did, path, cid, block, "3l6oveex3ii2l", live=live)
+        tx.put_record(did, path, cid, block, _REV, live=live)
 
 
 async def write(store: Store, numbers: Iterable[int], version: int = 0, *, live: bool = True) -> None:

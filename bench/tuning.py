@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import quantiles
@@ -107,7 +108,7 @@ def _child(cache: Path, name: str, records: int) -> dict[str, float]:
 
 
 def lay_out(layout: Layout) -> list[Any]:
-    """Has the store opened with the layout; the list gets the options whose statistics count everything."""
+    """Has the store opened with the layout; the list gets the options, of which one's statistics count all."""
     for name, value in layout.constants.items():
         setattr(rocks, name, value)
     for name, fields in layout.keyspaces.items():
@@ -117,9 +118,8 @@ def lay_out(layout: Layout) -> list[Any]:
 
     def with_statistics(shared: rocks.Budget, *, create: bool) -> Any:
         options = plain(shared, create=create)
-        if not counted:
-            options.enable_statistics()
-            counted.append(options)
+        options.enable_statistics()
+        counted.append(options)
         return options
 
     rocks.database_options = with_statistics
@@ -140,7 +140,7 @@ async def measure(folder: Path, records: int, counted: list[Any]) -> dict[str, f
         await store.checkpoint.run_once()
         for name in KEYSPACES:
             store.db.family(name).flush(True)
-        amplification = _amplification(counted[0])
+        amplification = _amplification(counted)
         await asyncio.to_thread(compact_all, store.db)
         size = sum(row["sst_bytes"] for row in store.db.stats().values())
         begun = time.process_time()
@@ -157,8 +157,12 @@ async def measure(folder: Path, records: int, counted: list[Any]) -> dict[str, f
     }
 
 
-def _amplification(counted: Any) -> float:
-    tickers = {name: int(count) for name, count in _TICKER.findall(counted.get_statistics())}
+def _amplification(counted: list[Any]) -> float:
+    """Bytes to disk for each written; only the options that opened the database have counts."""
+    tickers: Counter[str] = Counter()
+    for options in counted:
+        for name, count in _TICKER.findall(options.get_statistics()):
+            tickers[name] += int(count)
     return (tickers["flush.write.bytes"] + tickers["compact.write.bytes"]) / tickers["bytes.written"]
 
 

@@ -23,7 +23,7 @@ def _result(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str)
     assert answer["bench"] == arguments[0]
     assert set(answer["targets"]) <= set(answer["metrics"])
     metrics: dict[str, float] = answer["metrics"]
-    assert all(value > 0 for value in metrics.values())
+    assert all(value > 0 or name.startswith("eta_error") for name, value in metrics.items())
     return metrics
 
 
