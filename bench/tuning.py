@@ -108,7 +108,7 @@ def _child(cache: Path, name: str, records: int) -> dict[str, float]:
 
 
 def lay_out(layout: Layout) -> list[Any]:
-    """Has the store opened with the layout; the list gets the options, of which one's statistics count all."""
+    """Has the store opened with the layout; gives its options, of which one's statistics count everything."""
     for name, value in layout.constants.items():
         setattr(rocks, name, value)
     for name, fields in layout.keyspaces.items():
