@@ -30,7 +30,7 @@ from indexer.ingest import Ingest
 from indexer.ingest.audit import Auditor
 from indexer.ingest.filters import Filters
 from indexer.ingest.revisit import Revisit
-from indexer.memory import IN_DAEMON, collect_rarely, limit_arenas
+from indexer.memory import limit_arenas
 from indexer.pool import Pool
 from indexer.serve.listener import expect_free_addresses
 from indexer.serve.management import ManagementServer
@@ -161,7 +161,6 @@ class Daemon:
         mode = Mode(ephemeral=settings.ephemeral.enabled, blocks=settings.store.blocks)
         expect_own(settings.data_dir)
         limit_arenas(settings.malloc_arenas)
-        collect_rarely(IN_DAEMON)
         self.db = Database.open(settings.data_dir / "db", memory_mib=settings.memory_mib, mode=mode)
         self._stack.callback(self.db.close)
         remove_staging(settings.data_dir)

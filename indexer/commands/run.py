@@ -21,6 +21,7 @@ from indexer.commands.paths import NamedPath
 from indexer.config import Settings, load
 from indexer.daemon import Daemon
 from indexer.logs import configure_logging
+from indexer.memory import IN_DAEMON, collect_rarely
 
 log = structlog.get_logger()
 
@@ -39,6 +40,7 @@ def run(file: Path | None) -> None:
     if signal_came():
         log.info("stopped", why="a signal came before the start")
         return
+    collect_rarely(IN_DAEMON)
     run_until_signal(_serve(settings))
 
 

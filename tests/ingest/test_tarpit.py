@@ -19,7 +19,6 @@ VICTIMS = ["did:plc:" + "".join(LETTERS[(n >> 5 * at) & 31] for at in range(24))
 TIMEOUT_S = 600.0  # of a question: the test is over long before
 
 
-@pytest.mark.slow
 @pytest.mark.limit(20)
 async def test_a_host_that_never_answers_holds_no_other_account_up(tmp_path: Path) -> None:
     asked: list[str] = []
