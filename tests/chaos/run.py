@@ -80,6 +80,7 @@ class ChaosRun:
         self._stormy = 0  # samples of memory
         self._began = time.monotonic()
         self._fair: list[int] = []
+        self._rebirth: asyncio.Future[None] | None = None
 
     async def run(self) -> Report:
         await self.network.start()
@@ -159,6 +160,8 @@ class ChaosRun:
         finally:
             killing.cancel()
             await asyncio.gather(killing, return_exceptions=True)
+            if self._rebirth is not None:  # a kill under way is followed by its start
+                await asyncio.gather(self._rebirth, return_exceptions=True)
         if killing.done() and not killing.cancelled() and killing.exception() is not None:
             raise killing.exception() or AssertionError
         self._say(
@@ -184,7 +187,8 @@ class ChaosRun:
                 await asyncio.sleep(rng.uniform(*self.options.life))
             else:
                 await asyncio.sleep(rng.uniform(0, 1))
-            await asyncio.shield(self._reborn())
+            self._rebirth = asyncio.ensure_future(self._reborn())
+            await asyncio.shield(self._rebirth)
 
     async def _reborn(self) -> None:
         await self.victim.kill()
