@@ -102,7 +102,7 @@ def _stamped(cache: Path, records: int, number: int) -> StampedCar:
 
 async def measure(repos: list[StampedCar], folder: Path, *, profile: Path | None = None) -> Figures:
     """One fresh daemon that fetches all of them."""
-    documents = {car.info.did: _document(car.info, index) for index, car in enumerate(repos)}
+    documents = {car.info.did: document_of(car.info, index, _ENDPOINT) for index, car in enumerate(repos)}
     cars = {car.info.did: car for car in repos}
     total = sum(car.info.records for car in repos)
     size = sum(car.info.bytes for car in repos)
@@ -126,9 +126,10 @@ async def measure(repos: list[StampedCar], folder: Path, *, profile: Path | None
             )
 
 
-def _document(info: CarInfo, index: int) -> dict[str, Any]:
+def document_of(info: CarInfo, index: int, endpoint: str) -> dict[str, Any]:
+    """The DID document of the account ``index``, which lives at ``endpoint``."""
     multikey = info.signing_key.removeprefix("did:key:")
-    return document(info.did, f"account{index}.simnet.test", multikey, _ENDPOINT)
+    return document(info.did, f"account{index}.simnet.test", multikey, endpoint)
 
 
 async def _compacted(daemon: BenchDaemon) -> None:

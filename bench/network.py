@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import aiohttp
 
+from bench.backfill import document_of
 from bench.daemon import BenchDaemon, running_daemon
 from bench.options import Options, machine
 from bench.report import Report, Target
 from indexer.simulator.corpus import cached_car
-from indexer.simulator.documents import document
 from indexer.simulator.replay import ReplayNetwork, ReplaySource
 from indexer.simulator.stamped import StampedCar, stamp_car
 
@@ -102,12 +102,7 @@ async def measure(cars: list[StampedCar], folder: Path, *, profile: Path | None 
         for host in range(_HOSTS)
     ]
     documents = {
-        car.info.did: document(
-            car.info.did,
-            f"account{number}.simnet.test",
-            car.info.signing_key.removeprefix("did:key:"),
-            sources[_host_of(number)].endpoint,
-        )
+        car.info.did: document_of(car.info, number, sources[_host_of(number)].endpoint)
         for number, car in enumerate(cars)
     }
     async with ReplayNetwork(sources, documents, {car.info.did: car for car in cars}) as network:

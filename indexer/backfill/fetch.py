@@ -211,16 +211,20 @@ async def _take(
         timer.reschedule(deadline.at(share.size))
 
 
+def unable(who: str, status: int, wait: float | None) -> FetchTransient | None:
+    """Why a host, called ``who``, cannot answer now, None where it can; ``wait`` is what it asked for."""
+    if status == 429:
+        return FetchTransient(f"{who} asks for fewer requests", retry_after=wait, reason="rate_limited")
+    if status >= 500 and status != 501:
+        return FetchTransient(f"{who} answered {status}", retry_after=wait, reason="http_5xx")
+    return None
+
+
 async def refuse(response: StreamResponse, origin: str) -> None:
     """Raises what an answer other than 200 means."""
     status, url = response.status, response.url
-    wait = asked_wait(response.headers)
-    if status == 429:
-        message = f"{origin} asks for fewer requests"
-        raise FetchTransient(message, retry_after=wait, reason="rate_limited").met_at(url)
-    if status >= 500 and status != 501:
-        message = f"{origin} answered {status}"
-        raise FetchTransient(message, retry_after=wait, reason="http_5xx").met_at(url)
+    if problem := unable(origin, status, asked_wait(response.headers)):
+        raise problem.met_at(url)
     body = b""
     async for chunk in response.chunks:
         body += chunk

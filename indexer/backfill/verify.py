@@ -27,6 +27,7 @@ from indexer.repo.blocks import MemoryBlocks
 from indexer.repo.ranges import Range
 from indexer.repo.walker import index_repo
 from indexer.store.codecs import INVALID, OVERSIZE
+from indexer.store.spill import DiskBuilder
 
 #: Records of one chunk of the index file.
 INDEX_CHUNK = 1000
@@ -86,18 +87,18 @@ def verify_car(
                 held_index=held.getvalue()
             )
     with index.open("wb") as file:
-        return _verified_file(car, file, map_file(car), signer, max_nodes, memory_mib, ranges)
+        return _verified_file(car, file, signer, max_nodes, memory_mib, ranges)
 
 
 def _verified_file(
     car: FilePath,
     index: BinaryIO,
-    buffer: mmap.mmap,
     signer: Signer,
     max_nodes: int,
     memory_mib: int,
     ranges: Sequence[Range],
 ) -> Verified:
+    buffer = map_file(car)
     # What memory holds is checked as a whole; the limit leaves room for the objects that this makes.
     if len(buffer) <= memory_mib * MIB:
         if ranges:
@@ -108,7 +109,11 @@ def _verified_file(
             return _written(index, buffer, in_order(buffer, signer, max_nodes))
     except OrderEnds:
         pass
-    return _on_disk(car, index, buffer, signer, max_nodes, memory_mib, ranges)
+    try:
+        with DiskBuilder(max(1, memory_mib), table_mib(max_nodes)).open(table_path(car)) as table:
+            return _written(index, buffer, any_order(buffer, signer, max_nodes, table, ranges))
+    except DiskError as error:
+        raise FetchError(f"cannot verify a large repository: {error}", reason="spool") from error
 
 
 def _in_memory(buffer: Buffer, signer: Signer, max_nodes: int) -> Found:
@@ -119,24 +124,6 @@ def _in_memory(buffer: Buffer, signer: Signer, max_nodes: int) -> Found:
     records = repo.records
     rows = (records[start : start + INDEX_CHUNK] for start in range(0, len(records), INDEX_CHUNK))
     return Found(repo.commit, repo.commit_block, rows)
-
-
-def _on_disk(
-    car: FilePath,
-    index: BinaryIO,
-    buffer: mmap.mmap,
-    signer: Signer,
-    max_nodes: int,
-    memory_mib: int,
-    ranges: Sequence[Range],
-) -> Verified:
-    from indexer.store.spill import DiskBuilder  # RocksDB, which few verifiers ever need
-
-    try:
-        with DiskBuilder(max(1, memory_mib), table_mib(max_nodes)).open(table_path(car)) as table:
-            return _written(index, buffer, any_order(buffer, signer, max_nodes, table, ranges))
-    except DiskError as error:
-        raise FetchError(f"cannot verify a large repository: {error}", reason="spool") from error
 
 
 def table_path(car: FilePath) -> FilePath:

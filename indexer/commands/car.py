@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,19 +27,21 @@ from indexer.atproto.mst import TreeBuilder, key_layer
 from indexer.atproto.syntax import is_path
 from indexer.atproto.types import Cid
 from indexer.commands.car_walk import (
+    HEAD_BYTES,
     Archive,
     Distinct,
     Room,
     SectionCids,
     Signer,
     Walked,
+    opened,
     scratch_folder,
     spilling,
     walk,
 )
 from indexer.commands.paths import NamedPath
 from indexer.commands.progress import counted
-from indexer.errors import BadInput, CarError, DagCborError, DidDocumentInvalid
+from indexer.errors import BadInput, DagCborError, DidDocumentInvalid
 from indexer.repo.blocks import Output
 from indexer.repo.driver import DriverBuilder
 from indexer.repo.walker import RepoIndex, index_repo
@@ -80,8 +81,6 @@ _LEFT_OUT: Final = {
     DagCborError.reason: "without a JSON form left out (--raw has them)",
     _NAME_TOO_LONG: "left out whose names are too long for the file system",
 }
-#: Length and header of the longest archive that is read.
-_HEAD_BYTES = DEFAULT_LIMITS.max_header + 16
 
 
 def verify_car(
@@ -161,15 +160,12 @@ def _summary(walked: Walked, records: int, signer: Signer | None) -> dict[str, A
 def _read(file: Path) -> bytes:
     """The file's bytes (``-`` is standard input), at most one more than a repository may have. What does not
     begin as a CAR is refused before the rest is read."""
-    try:
-        with nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb") as source:
-            head = source.read(_HEAD_BYTES)
-            read_header(head)
-            if len(head) < _HEAD_BYTES:
-                return head
-            return head + source.read(DEFAULT_LIMITS.max_bytes + 1 - len(head))
-    except OSError as error:
-        raise CarError(f"{file}: {error.strerror}") from error
+    with opened(file) as source:
+        head = source.read(HEAD_BYTES)
+        read_header(head)
+        if len(head) < HEAD_BYTES:
+            return head
+        return head + source.read(DEFAULT_LIMITS.max_bytes + 1 - len(head))
 
 
 def signer_of_document(text: bytes) -> Signer:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 from indexer.atproto.car import DEFAULT_LIMITS, read_header
 from indexer.atproto.cid import CID_LENGTH
@@ -31,7 +31,7 @@ _MIB: Final = 1 << 20
 _PIECE: Final = 128 << 10
 _CHUNK: Final = 1000
 #: Length and header of the longest archive that is read.
-_HEAD: Final = DEFAULT_LIMITS.max_header + 16
+HEAD_BYTES: Final = DEFAULT_LIMITS.max_header + 16
 #: As `walker.index_repo` by default: no time, and records of any size that a block may have.
 _LIMITS: Final = WalkLimits(max_record=DEFAULT_LIMITS.max_block, max_seconds=1e9)
 
@@ -59,6 +59,16 @@ class Walked(NamedTuple):
     bytes: int
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """An archive's file (a dash is standard input). What the system says of it meanwhile is a `CarError`."""
+    try:
+        with nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb") as source:
+            yield source
+    except OSError as error:
+        raise CarError(f"{file}: {error.strerror}") from error
+
+
 class Archive:
     """A file's bytes (a dash is standard input), or bytes, read once in pieces."""
 
@@ -75,18 +85,13 @@ class Archive:
             for at in range(0, len(self._source), _PIECE):
                 yield self._seen(self._source[at : at + _PIECE])
             return
-        try:
-            with (
-                nullcontext(sys.stdin.buffer) if str(self._source) == "-" else self._source.open("rb") as file
-            ):
-                while piece := file.read(_PIECE):
-                    yield self._seen(piece)
-        except OSError as error:
-            raise CarError(f"{self._source}: {error.strerror}") from error
+        with opened(self._source) as file:
+            while piece := file.read(_PIECE):
+                yield self._seen(piece)
 
     def _seen(self, piece: bytes) -> bytes:
-        if len(self.head) < _HEAD:
-            self.head += piece[:_HEAD]
+        if len(self.head) < HEAD_BYTES:
+            self.head += piece[:HEAD_BYTES]
         self.size += len(piece)
         if self._look is not None:
             self._look(piece)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from indexer.atproto.types import Micros
+from indexer.backfill.fetch import unable
 from indexer.backfill.hops import Hops
 from indexer.backfill.hosts import Hosts, host_of
 from indexer.backfill.outcome import HOST_BUSY
@@ -91,13 +92,8 @@ class CrawlTools:
 
 def expect_able(response: Response) -> None:
     """Raises `FetchTransient` where the host cannot answer now."""
-    status = response.status
-    if status == 429:
-        raise FetchTransient(
-            "it asks for fewer requests", retry_after=response.retry_after, reason="rate_limited"
-        )
-    if status >= 500 and status != 501:
-        raise FetchTransient(f"it answered {status}", retry_after=response.retry_after, reason="http_5xx")
+    if problem := unable("it", response.status, response.retry_after):
+        raise problem
 
 
 def tally(tx: Transaction, outcome: str, number: int = 1) -> None:

@@ -256,6 +256,7 @@ async def _run_and_compare(
     while reader.next_id < daemon.writer.head and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
     reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
     found = compare(daemon, reader, ledger, options)
     for line in found[:20]:
         click.echo(f"difference: {line}", err=True)
