@@ -121,6 +121,7 @@ async def test_no_event_is_lost_doubled_or_reordered_by_ten_kills(tmp_path: Path
     head, ledger = _index(folder)  # which is the ledger, as the demo has just said
     await _catch_up(folder, ports, subscriber, head)
     reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
     assert subscriber.faults == []
     assert len(subscriber.seen) > 200
     assert fold(subscriber.seen, head) == ledger

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -208,7 +209,7 @@ class Source:
         cursor = await self._sink.settled()
         self.link.attempts += 1
         try:
-            async with await self._connected(cursor) as socket:
+            async with _held(await self._connected(cursor)) as socket:
                 log.info("upstream_connected", upstream=self.upstream.name, cursor=cursor)
                 self.link.connections += 1
                 self.link.connected_at = time.time()
@@ -278,6 +279,16 @@ class Source:
                 self._backoff.reset()
                 self.link.failures = 0
                 proven = True
+
+
+@asynccontextmanager
+async def _held(socket: ClientConnection) -> AsyncIterator[ClientConnection]:
+    """Closes it in good order. A closing that is itself cancelled would leave the socket open."""
+    try:
+        async with socket:
+            yield socket
+    finally:
+        socket.transport.abort()
 
 
 def subscribe_url(base: URL, cursor: Seq | None) -> URL:

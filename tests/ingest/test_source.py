@@ -250,16 +250,44 @@ async def test_a_half_open_peer_is_dropped() -> None:
     await runner.cleanup()
 
 
+async def test_a_closing_that_is_cancelled_lets_the_socket_go() -> None:
+    told, gone = asyncio.Event(), asyncio.Event()
+
+    async def deaf(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_str("what ends the connection")
+        told.set()
+        while request.transport is not None:  # a close frame is never read, nor answered
+            await asyncio.sleep(0.005)
+        gone.set()
+        return socket
+
+    runner, url = await serve(deaf)
+    task = asyncio.create_task(source(url, Sink()).run())
+    await told.wait()
+    await asyncio.sleep(0.1)  # it waits for the host's close frame now, a second long
+    task.cancel()
+    await asyncio.wait([task])
+    async with asyncio.timeout(5):
+        await gone.wait()
+    await runner.cleanup()
+
+
 async def test_a_handshake_without_an_answer_is_given_up() -> None:
+    ended = asyncio.Event()
+
     async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
+        ended.set()
 
     server = await asyncio.start_server(stall, "127.0.0.1", 0)
     sink = Sink()
     made = source(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}", sink)
     made._network = made._network.model_copy(update={"connect_timeout": 0.05})
     assert await first_reasons(made, sink) == ["unreachable"]
+    await ended.wait()
     server.close()
 
 
