@@ -61,7 +61,7 @@ LAYOUTS: Final[dict[str, Layout]] = {
     "dictionary_64k": Layout(constants={"_DICTIONARY": 64 * _KIB}),
     "no_zstd": Layout({name: {"zstd_dictionary": False} for name in KEYSPACES}),
     "lz4_rows": Layout({name: {"zstd_dictionary": False} for name in _ROWS}),
-    "zstd_level_1": Layout(constants={"_ZSTD_LEVEL": 1}),
+    "zstd_level_3": Layout(constants={"_ZSTD_LEVEL": 3}),
     "zstd_level_6": Layout(constants={"_ZSTD_LEVEL": 6}),
     "zstd_level_9": Layout(constants={"_ZSTD_LEVEL": 9}),
     "buffers_double": Layout({name: {"weight": each.tuning.weight * 2} for name, each in KEYSPACES.items()}),

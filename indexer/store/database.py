@@ -175,11 +175,15 @@ class Database(Reads):
 
     def multi_get(self, keyspace: Keyspace[K, V], keys: Sequence[K]) -> list[V | None]:
         encode = keyspace.key.encode
-        with rocks.translated(f"reading {keyspace.name}"):
-            rows: list[bytes | None] = self._families[keyspace.name].get([encode(key) for key in keys])
+        rows = self.raw_multi_get(keyspace.name, [encode(key) for key in keys])
         return [
             None if raw is None else decode(keyspace, key, raw) for key, raw in zip(keys, rows, strict=True)
         ]
+
+    def raw_multi_get(self, name: str, keys: Sequence[bytes]) -> list[bytes | None]:
+        with rocks.translated(f"reading {name}"):
+            rows: list[bytes | None] = self._families[name].get(keys)
+        return rows
 
     def multi_get_apart(self, keyspace: Keyspace[K, V], keys: Sequence[K]) -> list[V | None]:
         """As `multi_get`, for a thread: blocking, releases the GIL while it reads."""

@@ -23,10 +23,11 @@ Life: TypeAlias = tuple[Did, int]  # a repository's DID and epoch
 class References:
     """The reference changes after the checkpoint, summed by life and CID; bounded by the fold's trigger."""
 
-    __slots__ = ("next_row", "overlay", "position", "ready", "unfolded")
+    __slots__ = ("_last_rows", "next_row", "overlay", "position", "ready", "unfolded")
 
     def __init__(self) -> None:
         self.overlay: dict[Life, dict[Cid, int]] = {}
+        self._last_rows: dict[Life, int] = {}  # the newest row of the log that names a life
         self.position = 0  # the first row of the log that is not folded
         self.next_row = 0
         self.unfolded = 0  # changes in the rows not folded
@@ -44,22 +45,30 @@ class References:
                 self.unfolded += len(cids)
                 if not wipes.stale(did, epoch):
                     self._add_all((did, epoch), cids)
+                    self._last_rows[did, epoch] = row
         self.ready = True
 
     def pending(self, did: Did, epoch: int, cid: Cid) -> int:
         cids = self.overlay.get((did, epoch))
         return 0 if cids is None else cids.get(cid, 0)
 
+    def folded(self, life: Life) -> bool:
+        """Whether the rows of `block_refs` are all that is known of a life: no fold will change them."""
+        return self._last_rows.get(life, -1) < self.position
+
     def merge(self, changes: Mapping[Life, Mapping[Cid, int]]) -> None:
         """Take in the changes of a commit, which wrote them as the row ``next_row``."""
         for life, cids in changes.items():
             self._add_all(life, cids)
+            self._last_rows[life] = self.next_row
             self.unfolded += len(cids)
         self.next_row += 1
 
     def settle(self, life: Life, changes: Mapping[Cid, int]) -> None:
         """A fold has moved these changes into the rows. What is left may be nothing, or its opposite: a block
         whose changes sum to zero is counted by the rows and by the rest of the log, each in part."""
+        if self.folded(life):
+            self._last_rows.pop(life, None)
         if self.overlay.get(life) == changes:
             del self.overlay[life]
         else:
@@ -69,6 +78,7 @@ class References:
     def drop(self, life: Life) -> None:
         """Forget a life that ended."""
         self.overlay.pop(life, None)
+        self._last_rows.pop(life, None)
 
     def _add_all(self, life: Life, cids: Mapping[Cid, int]) -> None:
         mine = self.overlay.get(life)

@@ -22,7 +22,7 @@ from indexer.store.view import by_own_name
 MIB: Final = 1 << 20
 _WAL_LIMIT: Final = 128 * MIB
 _DICTIONARY: Final = 32 * 1024
-_ZSTD_LEVEL: Final = 3
+_ZSTD_LEVEL: Final = 1
 _COLLECTOR: Final = (10_000, 3_000, 0.3)  # window, tombstones that trigger, share of them
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 #: How the message of a damaged database ends.

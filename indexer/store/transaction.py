@@ -9,7 +9,7 @@ overlay's dicts directly; by `bench live` every microsecond here is half a perce
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from indexer.atproto.types import Cid, Did, Micros, Nsid, Path, Rev
 from indexer.store import codecs, keyspaces
@@ -29,17 +29,16 @@ from indexer.store.codecs import (
 )
 from indexer.store.counts import count_repo
 from indexer.store.keyspaces import PENDING
+from indexer.store.new_records import NewRecord as NewRecord
+from indexer.store.new_records import NewRecords
 from indexer.store.overlay import MISSING
-from indexer.store.side_verbs import SideVerbs
 from indexer.store.wipes import Wipe
-
-NewRecord: TypeAlias = tuple[Path, Cid, bytes, int]  # path, CID, block, flags
 
 _ACTIONS: Final = {"create": CREATE, "update": UPDATE, "delete": DELETE}
 _KINDS: Final = {kind: number for number, kind in enumerate(codecs.KINDS)}
 
 
-class Transaction(SideVerbs):
+class Transaction(NewRecords):
     """What one function on the writer may do. Do not keep it."""
 
     __slots__ = ()
@@ -100,58 +99,6 @@ class Transaction(SideVerbs):
         if not self._put_new(did, rev, records, live):
             for path, cid, block, flags in records:
                 self.put_record(did, path, cid, block, rev, live=live, flags=flags)
-
-    def _put_new(self, did: Did, rev: Rev, records: Sequence[NewRecord], live: bool) -> bool:
-        """Store records of which none is; false, with nothing stored, when that is not so."""
-        if self._ephemeral or not records:
-            return False
-        cids = [record[1] for record in records]
-        if any(record[3] for record in records) or set(map(len, cids)) != {codecs.CID_BYTES}:
-            return False
-        prefix, tail = f"{did}\0".encode(), rev.encode()
-        rows = {prefix + record[0].encode(): b"\0" + record[1] + tail for record in records}
-        first, last = min(rows), max(rows)
-        if did not in self._cleared and next(self._db.raw_scan("records", first, last + b"\0"), None):
-            return False
-        if len(rows) < len(records) or not self.add_all(self._record_rows, rows):
-            return False
-        epoch = self._epoch(did)
-        if self._keep_blocks:
-            blocks = {prefix + record[1]: record[2] for record in records if record[2]}
-            self._keep_all(did, epoch, cids, blocks)
-        self._create_events(did, epoch, rev, records, live)
-        self.ops += len(records)
-        return True
-
-    def _keep_all(self, did: Did, epoch: int, cids: Sequence[Cid], blocks: dict[bytes, bytes]) -> None:
-        """The blocks of new records, each referenced by its row and by its event."""
-        references = dict.fromkeys(cids, 2)
-        known = self._refs.setdefault((did, epoch), {})
-        if len(references) < len(cids) or not self.add_all(known, references):
-            for cid in cids:
-                self.ref(did, epoch, cid, 2)
-        if not self.add_all(self._block_rows, blocks):
-            for key, block in blocks.items():
-                self.write(self._block_rows, key, block)
-        self.ops += len(cids)
-        self.size += sum(map(len, blocks.values())) + 200 * len(cids)
-
-    def _create_events(
-        self, did: Did, epoch: int, rev: Rev, records: Sequence[NewRecord], live: bool
-    ) -> None:
-        head = LIVE if live else RECORD
-        start = max(self._clock(), self._last_time + 1)
-        append = self._events.append
-        counts: dict[Nsid, int] = {}
-        for now, (path, cid, _, _) in enumerate(records, start):
-            collection, _, rkey = path.partition("/")
-            append(pack((head, now, did, epoch, rev, collection, rkey, CREATE, cid)))
-            counts[collection] = counts.get(collection, 0) + 1
-        self._last_time = start + len(records) - 1
-        for collection, count in counts.items():
-            self.add(self._did_counts, (did, collection), count)
-        self.ops += len(records)
-        self.size += 150 * len(records)
 
     def _put_flagged(
         self,
@@ -220,20 +167,6 @@ class Transaction(SideVerbs):
         self.ops += 1
         self.size += len(block) + 200
         self.ref(did, epoch, cid, references)
-
-    def ref(self, did: Did, epoch: int, cid: Cid, delta: int) -> None:
-        """Change a block's count. A sum of zero is logged too: the fold must look at the block."""
-        life = (did, epoch)
-        cids = self._refs.get(life)
-        if cids is None:
-            cids = self._refs[life] = {}
-        old = cids.get(cid)
-        if old is None:
-            self._undo.append((cids, cid, MISSING))
-            cids[cid] = delta
-        else:
-            self._undo.append((cids, cid, old))
-            cids[cid] = old + delta
 
     # ---- events
 

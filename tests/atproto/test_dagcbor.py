@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from multiformats import CID
 
 from indexer.atproto import dagcbor
-from indexer.atproto.cid import dag_cbor_cid, format_cid, raw_cid
+from indexer.atproto.cid import DAG_CBOR_PREFIX, RAW_PREFIX, dag_cbor_cid, format_cid, raw_cid
 from indexer.atproto.dagcbor import Link
 from indexer.errors import BadInput, DagCborError, RecordInvalid
 from tests.paths import interop
@@ -319,6 +319,64 @@ def test_good_records(block: bytes) -> None:
 def test_bad_records(block: bytes, words: str) -> None:
     with pytest.raises(RecordInvalid, match=words):
         dagcbor.check_record(block)
+
+
+def exactly(block: bytes) -> str:
+    """The exact decoder's verdict, "" for a good record."""
+    try:
+        dagcbor._check_model(dagcbor._typed(block), 32)
+    except (DagCborError, RecordInvalid) as error:
+        return str(error)
+    return ""
+
+
+def cid_like() -> st.SearchStrategy[bytes]:
+    heads = st.sampled_from(
+        [DAG_CBOR_PREFIX, RAW_PREFIX, b"\x01\x70\x12\x20", b"\x12\x20", b"\x01\x55\x00", b"\x81\x00"]
+    )
+    return st.builds(
+        bytes.__add__,
+        heads,
+        st.sampled_from([bytes(32), bytes(31), b"", b"\xd8\x2a\x58\x25\x00" + bytes(27)]),
+    )
+
+
+FIELDS = st.dictionaries(
+    st.sampled_from(["a", "b", "ref", "link", "size"]),
+    st.one_of(
+        cid_like(),
+        cid_like().map(Link),
+        st.integers(-(2**54), 2**54),
+        st.builds(
+            lambda ref: {"$type": "blob", "ref": ref, "mimeType": "a/b", "size": 1},
+            cid_like() | cid_like().map(Link),
+        ),
+        st.binary(max_size=3),
+    ),
+    max_size=4,
+)
+
+
+@given(FIELDS)
+@settings(max_examples=300)
+def test_links_are_told_from_bytes_as_the_exact_decoder_does(fields: dict[str, Any]) -> None:
+    block = dagcbor.encode_exact({"$type": "a.b.c", **fields})
+    fault = exactly(block)
+    if not fault:
+        dagcbor.check_record(block)
+        return
+    with pytest.raises(RecordInvalid) as caught:
+        dagcbor.check_record(block)
+    assert str(caught.value) == fault or "not DAG-CBOR" in str(caught.value)
+
+
+@pytest.mark.parametrize("first", range(256))
+def test_only_two_bytes_begin_what_the_encoder_takes_for_a_cid(first: int) -> None:
+    """`_proper_links` stands on this."""
+    for rest in (b"", b"\x20" + bytes(32), b"\x55\x12\x20" + bytes(32), b"\x00\x01\x55\x12\x20" + bytes(32)):
+        data = bytes([first]) + rest
+        if data[:1] not in dagcbor._CID_BEGINS:
+            assert dagcbor.encode(data) == dagcbor.encode_exact(data)
 
 
 def test_a_record_has_a_largest_size_and_depth() -> None:

@@ -63,6 +63,7 @@ class Unit(NamedTuple):
     wipes: int  # in a row
     fails: bool
     in_steps: bool
+    in_bulk: bool  # what is put one after the other into a repository, in one call
     cancel_after: int | None  # turns of the loop
 
 
@@ -155,6 +156,30 @@ def write(change: Change, tx: Transaction) -> None:
         tx.delete_record(did, path, "3ka", live=True)
 
 
+def write_together(changes: list[Change], tx: Transaction) -> None:
+    """Records put into one repository."""
+    did = changes[0].did
+    founded(tx, did)
+    blocks = [block_of(change.text) for change in changes]
+    records = [
+        (change.path, cid_of(block), block, change.flags)
+        for change, block in zip(changes, blocks, strict=True)
+    ]
+    tx.put_records(did, "3ka", records, live=True)
+
+
+def runs(changes: list[Change], wipe_at: int) -> list[tuple[int, list[Change]]]:
+    """What is put into one repository together, by its place: no wipe lies within."""
+    found: list[tuple[int, list[Change]]] = []
+    for index, change in enumerate(changes):
+        last = changes[index - 1] if index else None
+        if last is not None and index != wipe_at and last.text and change.text and last.did == change.did:
+            found[-1][1].append(change)
+        else:
+            found.append((index, [change]))
+    return found
+
+
 class Stalling:
     """The database as the writer sees it: some writes stall first."""
 
@@ -185,6 +210,7 @@ UNITS = st.builds(
     st.sampled_from((-1, -1, -1, 0, 2)),
     st.sampled_from((1, 1, 2)),
     st.sampled_from((False, False, True)),
+    st.booleans(),
     st.booleans(),
     GIVE_UP,
 )
@@ -276,26 +302,32 @@ class StoreMachine(RuleBasedStateMachine):
 
     async def run(self, unit: Unit) -> None:
         if not unit.in_steps:
-            await self.store.writer.run("unit", self.step(unit.changes, unit.wipe_at, unit.wipes, unit.fails))
+            step = self.step(unit, unit.changes, unit.wipe_at, unit.fails)
+            await self.store.writer.run("unit", step)
             return
         steps = [
-            self.step([change], 0 if index == unit.wipe_at else -1, unit.wipes, unit.fails and index % 2 == 1)
+            self.step(unit, [change], 0 if index == unit.wipe_at else -1, unit.fails and index % 2 == 1)
             for index, change in enumerate(unit.changes)
         ]
         await self.store.writer.run_ordered("steps", steps, lambda _index, _error: lambda _tx: None)
 
     def step(
-        self, changes: list[Change], wipe_at: int, wipes: int, fails: bool
+        self, unit: Unit, changes: list[Change], wipe_at: int, fails: bool
     ) -> Callable[[Transaction], None]:
+        together = runs(changes, wipe_at) if unit.in_bulk else [(n, [each]) for n, each in enumerate(changes)]
+
         def run(tx: Transaction) -> None:
-            for index, change in enumerate(changes):
-                for _ in range(wipes if index == wipe_at else 0):
-                    tx.wipe_repo(change.did, AccountStatus.DELETED)
-                write(change, tx)
+            for index, part in together:
+                for _ in range(unit.wipes if index == wipe_at else 0):
+                    tx.wipe_repo(part[0].did, AccountStatus.DELETED)
+                if unit.in_bulk and part[0].text:
+                    write_together(part, tx)
+                else:
+                    write(part[0], tx)
             tx.buffer_frame(changes[0].did, f"3k{len(changes)}", "commit", "s", b"x")
             if fails:
                 raise BadInput("no")
-            self.ran.append((tx.now_us, changes, wipe_at, wipes))
+            self.ran.append((tx.now_us, changes, wipe_at, unit.wipes))
 
         return run
 
@@ -399,7 +431,7 @@ class StoreMachine(RuleBasedStateMachine):
     def memory_is_what_a_restart_would_load(self) -> None:
         state, fresh = self.store.writer.state, State(self.store.db, "boot-1")
         assert state.refs.overlay == fresh.refs.overlay
-        for name in ("unfolded", "position", "next_row"):
+        for name in ("_last_rows", "unfolded", "position", "next_row"):
             assert getattr(state.refs, name) == getattr(fresh.refs, name), name
         assert state.wipes.by_did == fresh.wipes.by_did
         for name in ("next_id", "last_time", "floor", "reserved"):

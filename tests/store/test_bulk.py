@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from indexer.errors import BadInput
 from indexer.store.codecs import INVALID, OVERSIZE, AccountStatus, Mode
-from indexer.store.keyspaces import KEYSPACES, RECORDS
+from indexer.store.keyspaces import BLOCK_REFS, CHECKPOINT, COUNTS, CURSORS, KEYSPACES, RECORDS, REFLOG
+from indexer.store.refcounts import fold
 from indexer.store.transaction import NewRecord, Transaction
 from tests.store.support import ALICE, BOB, REV, SYNCED, Store, block_of, cid_of, founded, opened
 
@@ -53,6 +54,16 @@ def rows(store: Store) -> Rows:
     return {name: list(store.db.raw_scan(name, None, None)) for name in KEYSPACES}
 
 
+async def rows_at_rest(store: Store) -> Rows:
+    """Every row once the log is folded, but for how far the fold is: its rows number what was logged."""
+    await store.checkpoint.run_once()
+    found = rows(store)
+    assert found[REFLOG.name] == []
+    found[CURSORS.name] = [row for row in found[CURSORS.name] if row[0] != CHECKPOINT.encode()]
+    found[COUNTS.name] = [row for row in found[COUNTS.name] if row[0] != b"gc/checkpoints"]
+    return found
+
+
 class Frozen:
     """A clock that stands still, so that times depend on the number of events alone."""
 
@@ -68,7 +79,7 @@ async def outcome(put: Callable[[str, Sequence[NewRecord]], Act], plan: Plan) ->
             await store.do(*plan.acts(put))
             if not plan.mode.ephemeral:
                 store.assert_clean()
-            return rows(store)
+            return await rows_at_rest(store)
 
 
 class Plan:
@@ -112,7 +123,7 @@ plans = st.builds(
 
 
 @given(plans)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_store_is_the_same_to_the_byte(plan: Plan) -> None:
     assert asyncio.run(outcome(in_bulk, plan)) == asyncio.run(outcome(one_by_one, plan))
 
@@ -141,6 +152,72 @@ async def test_new_records_are_not_looked_up_one_by_one(
         await store.do(in_bulk(ALICE, some(20, "d")), in_bulk(BOB, some(20)))
         assert store.db.count("records") == 60
         store.assert_clean()
+
+
+def counts(store: Store) -> dict[bytes, int]:
+    return {cid: count for (_, cid), count in store.db.scan(BLOCK_REFS)}
+
+
+async def test_new_records_are_counted_in_their_rows_without_the_log(tmp_path: Path) -> None:
+    """Blocks under two keys of one batch, of one group and of two groups are counted each time."""
+    one, two = cid_of(block_of("one")), cid_of(block_of("two"))
+    first = records({"a.b.c/1": ("one", 0), "a.b.c/2": ("one", 0), "a.b.c/3": ("two", 0)})
+    second = records({"a.b.d/1": ("two", 0), "a.b.d/2": ("three", 0)})
+    async with opened(tmp_path) as store:
+        await store.do(partial(founded, did=ALICE), in_bulk(ALICE, first), in_bulk(ALICE, second))
+        assert sorted(counts(store).values()) == [2, 4, 4]
+        await store.do(in_bulk(ALICE, records({"a.b.e/1": ("one", 0)})))
+        assert (counts(store)[one], counts(store)[two]) == (6, 4)
+        assert list(store.db.scan(REFLOG)) == []
+        assert store.writer.state.refs.unfolded == 0
+        store.assert_clean()
+
+
+async def test_a_fold_under_way_undoes_no_count(tmp_path: Path) -> None:
+    """What waits to be folded may have been read already, with the counts as they were."""
+    one = cid_of(block_of("one"))
+    again = in_bulk(ALICE, records({"a.b.d/1": ("one", 0)}))
+    async with opened(tmp_path) as store:
+        await store.put(ALICE, "a.b.c/1", "one")
+        plan = store.checkpoint._plan(store.writer.state.refs.next_row)
+        read = store.checkpoint._counts(plan)
+        await store.do(again)
+        await store.do(lambda tx: fold(plan, read, tx))
+        assert await store.writer.run("count", lambda tx: tx.block_count(ALICE, one)) == 4
+        store.assert_clean()
+        await store.checkpoint.run_once()
+        assert counts(store) == {one: 4}
+
+
+async def test_after_the_fold_and_a_restart_the_log_is_not_needed_again(tmp_path: Path) -> None:
+    one = cid_of(block_of("one"))
+    async with opened(tmp_path) as store:
+        await store.put(ALICE, "a.b.c/1", "one")
+        await store.put(BOB, "a.b.c/1", "one")
+    async with opened(tmp_path) as store:  # the rows of both wait in the log
+        await store.do(in_bulk(ALICE, records({"a.b.d/1": ("one", 0)})))
+        assert len(list(store.db.scan(REFLOG))) == 3
+        await store.checkpoint.run_once()
+        await store.do(in_bulk(ALICE, records({"a.b.e/1": ("one", 0)})))
+        assert store.db.get(BLOCK_REFS, (ALICE, one)) == 6
+        assert list(store.db.scan(REFLOG)) == []
+        store.assert_clean()
+
+
+async def test_a_life_begun_in_the_group_of_the_wipe_counts_from_nothing(tmp_path: Path) -> None:
+    again = records({"a.b.c/1": ("one", 0)})
+    for point_rows in (0, 1000):  # by range, and row by row
+        async with opened(tmp_path / str(point_rows), gc={"wipe_point_rows": point_rows}) as store:
+            await store.do(partial(founded, did=ALICE), in_bulk(ALICE, again))
+            await store.do(
+                lambda tx: tx.wipe_repo(ALICE, AccountStatus.ACTIVE),
+                partial(founded, did=ALICE),
+                in_bulk(ALICE, again),
+            )
+            assert not point_rows or list(store.db.scan(REFLOG))  # whose rows are deleted one by one
+            store.assert_clean()
+            await store.checkpoint.run_once()
+            assert list(counts(store).values()) == [2]
 
 
 async def test_a_step_that_fails_takes_all_of_them_back(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def assert_memory_is_as_reloaded(store: Store) -> None:
     state, fresh = store.writer.state, References()
     fresh.load(store.db, state.wipes)
     assert state.refs.overlay == fresh.overlay
+    assert state.refs._last_rows == fresh._last_rows
     assert state.refs.unfolded == fresh.unfolded
     assert (state.refs.position, state.refs.next_row) == (fresh.position, fresh.next_row)
 

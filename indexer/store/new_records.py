@@ -1,0 +1,126 @@
+"""The records of a repository that is fetched for the first time, stored in bulk.
+
+Rows, blocks, counts and events of many new records at once, at a fraction of what one by one costs. Their
+references need no log: where nothing of a life waits to be folded, its counts are raised in their rows
+in the same batch. The part of the transaction behind `Transaction.put_records`. On the writer's loop.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+from indexer.atproto.types import Cid, Did, Nsid, Path, Rev
+from indexer.store import codecs
+from indexer.store.codecs import CREATE, LIVE, RECORD, pack, unpack
+from indexer.store.keyspaces import BLOCK_REFS, RECORDS
+from indexer.store.overlay import MISSING
+from indexer.store.side_verbs import SideVerbs
+
+NewRecord: TypeAlias = tuple[Path, Cid, bytes, int]  # path, CID, block, flags
+
+
+class NewRecords(SideVerbs):
+    """References, and records of which none is stored."""
+
+    __slots__ = ()
+
+    def ref(self, did: Did, epoch: int, cid: Cid, delta: int) -> None:
+        """Change a block's count. A sum of zero is logged too: the fold must look at the block."""
+        life = (did, epoch)
+        cids = self._refs.get(life)
+        if cids is None:
+            cids = self._refs[life] = {}
+        old = cids.get(cid)
+        if old is None:
+            self._undo.append((cids, cid, MISSING))
+            cids[cid] = delta
+        else:
+            self._undo.append((cids, cid, old))
+            cids[cid] = old + delta
+
+    def _put_new(self, did: Did, rev: Rev, records: Sequence[NewRecord], live: bool) -> bool:
+        """Store records of which none is; false, with nothing stored, when that is not so."""
+        if self._ephemeral or not records:
+            return False
+        cids = [record[1] for record in records]
+        if any(record[3] for record in records) or set(map(len, cids)) != {codecs.CID_BYTES}:
+            return False
+        prefix, tail = f"{did}\0".encode(), rev.encode()
+        rows = {prefix + record[0].encode(): b"\0" + record[1] + tail for record in records}
+        first, last = min(rows), max(rows)
+        if did not in self._cleared and next(self._db.raw_scan(RECORDS.name, first, last + b"\0"), None):
+            return False
+        if len(rows) < len(records) or not self.add_all(self._record_rows, rows):
+            return False
+        epoch = self._epoch(did)
+        if self._keep_blocks:
+            blocks = {prefix + record[1]: record[2] for record in records if record[2]}
+            self._keep_all(did, epoch, cids, blocks)
+        self._create_events(did, epoch, rev, records, live)
+        self.ops += len(records)
+        return True
+
+    def _keep_all(self, did: Did, epoch: int, cids: Sequence[Cid], blocks: dict[bytes, bytes]) -> None:
+        """The blocks of new records, each referenced by its row and by its event."""
+        references = dict.fromkeys(cids, 2)
+        if len(references) < len(cids):
+            references = {cid: 2 * count for cid, count in Counter(cids).items()}
+        if self._state.refs.folded((did, epoch)):
+            self._count_at_once(did, references)
+        elif not self.add_all(self._refs.setdefault((did, epoch), {}), references):
+            for cid, delta in references.items():
+                self.ref(did, epoch, cid, delta)
+        if not self.add_all(self._block_rows, blocks):
+            for key, block in blocks.items():
+                self.write(self._block_rows, key, block)
+        self.ops += len(cids)
+        self.size += sum(map(len, blocks.values())) + 200 * len(cids)
+
+    def _count_at_once(self, did: Did, references: Mapping[Cid, int]) -> None:
+        """Raise the counts of blocks in their rows, past the log. Only for a life of which nothing in the log
+        waits to be folded: a fold that has read its counts already would undo this."""
+        prefix = did.encode() + b"\0"
+        added = {prefix + cid: delta for cid, delta in references.items()}
+        for key, count in self._stored_counts(did, list(added)):
+            added[key] += count
+        rows = {key: pack(count) for key, count in added.items()}
+        target = self._rows[BLOCK_REFS.name]
+        if not self.add_all(target, rows):
+            for key, row in rows.items():
+                self.write(target, key, row)
+        self.ops += len(rows)
+
+    def _stored_counts(self, did: Did, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int]]:
+        """Those of a repository's counts that have a row, here or in the store."""
+        name = BLOCK_REFS.name
+        pending = self._rows[name]
+        here = pending.keys() & set(keys)
+        for key in here:
+            row = pending[key]
+            if row is not None:
+                yield key, unpack(row)
+        if did in self._cleared or not next(self._db.raw_scan(name, min(keys), max(keys) + b"\0"), None):
+            return
+        left = [key for key in keys if key not in here]
+        for key, row in zip(left, self._db.raw_multi_get(name, left), strict=True):
+            if row is not None:
+                yield key, unpack(row)
+
+    def _create_events(
+        self, did: Did, epoch: int, rev: Rev, records: Sequence[NewRecord], live: bool
+    ) -> None:
+        head = LIVE if live else RECORD
+        start = max(self._clock(), self._last_time + 1)
+        append = self._events.append
+        counts: dict[Nsid, int] = {}
+        for now, (path, cid, _, _) in enumerate(records, start):
+            collection, _, rkey = path.partition("/")
+            append(pack((head, now, did, epoch, rev, collection, rkey, CREATE, cid)))
+            counts[collection] = counts.get(collection, 0) + 1
+        self._last_time = start + len(records) - 1
+        for collection, count in counts.items():
+            self.add(self._did_counts, (did, collection), count)
+        self.ops += len(records)
+        self.size += 150 * len(records)
