@@ -1,8 +1,9 @@
 """The checkpoint: the reference log folded into `block_refs`, in atomic, resumable steps.
 
 A step reads a range of the log, sums it, and writes the new counts, the zeros' queue entries, the
-truncation and the new position in one batch. Beside steps only wipes change `block_refs`, and new records
-of lives that no unfolded row names; a step leaves out lives that ended since it read. On the writer's loop; stored counts are read in a thread.
+truncation and the new position in one batch; it leaves out lives that ended since it read. Beside steps
+only wipes change `block_refs`, and new records of lives of which the log names nothing that is not folded.
+On the writer's loop; stored counts are read in a thread.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class CheckpointWorker(Worker):
         return FoldPlan(position, target, changes, sums)
 
     def _counts(self, plan: FoldPlan) -> dict[tuple[Did, Cid], int]:
-        """The stored counts; of what waits to be folded only wipes change them, and those are noticed by epoch."""
+        """The stored counts; of what is to be folded only wipes change them, and are noticed by epoch."""
         keys = [(did, cid) for (did, _), cids in plan.sums.items() for cid in cids]
         counts = self._db.multi_get_apart(BLOCK_REFS, keys)
         return {key: count or 0 for key, count in zip(keys, counts, strict=True)}
