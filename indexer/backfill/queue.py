@@ -5,7 +5,8 @@ time. Owns the lanes of that order, a bounded window of it in memory sorted by h
 holds up nobody else's repositories), and where to read on. Leaves out the fetching. Event loop only.
 
 Lanes, lowest first: `CLAIMED_DUE` for a repository being worked on (a kill leaves it in front), explicit
-requests as of `explicit_due`, then everything else at the time at which it is due.
+requests as of `explicit_due`, then everything else at the time at which it is due. What is due at one time
+is fetched in the order of its DIDs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,17 @@ EXPLICIT_LEAD: Micros = 20 * 365 * 86400 * 1_000_000
 def explicit_due(now_us: Micros) -> Micros:
     """The due time of what somebody asked for: ahead of the rest, first come first served."""
     return max(CLAIMED_DUE + 1, now_us - EXPLICIT_LEAD)
+
+
+#: Repositories that are found within such a time are due together, and so fetched in the order of their keys:
+#: what is written then lies together on disk, and compaction has little to merge. Shorter than the overlap
+#: of two readings of the queue.
+FOUND_SPAN: Micros = 30 * 1_000_000
+
+
+def found_due(now_us: Micros) -> Micros:
+    """The due time of what was found and nobody asked for."""
+    return now_us - now_us % FOUND_SPAN
 
 
 #: Entries that any host may have, however small the window.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from indexer.atproto.types import Did, Micros
 from indexer.backfill.hosts import HELD
 from indexer.backfill.outcome import HOST_RESTS, Failure, failed, reason_of
-from indexer.backfill.queue import CLAIMED_DUE, explicit_due
+from indexer.backfill.queue import CLAIMED_DUE, explicit_due, found_due
 from indexer.config import BackfillSettings
 from indexer.identity.resolver import Identity
 from indexer.ingest.hearsay import FORGOTTEN, GONE, grace_left, unheard_of
@@ -44,22 +44,22 @@ class RequestUnit:
     """Repositories that somebody asked for are followed and come first; gives those acted on.
 
     One that is complete already, or being worked on, stays as it is unless ``again``. Those that were not
-    asked for by anybody (not ``explicit``) get no place in front.
+    asked for by anybody (no time at which they were ``asked``) get no place in front.
     """
 
     dids: Sequence[Did]
     busy: frozenset[Did]
     ephemeral: bool
     again: bool
-    explicit: bool = True
+    asked: Micros | None  # of all units of a request the same
 
     def __call__(self, tx: Transaction) -> list[Did]:
         acted = []
-        due = explicit_due(tx.now_us) if self.explicit else tx.now_us
+        due = found_due(tx.now_us) if self.asked is None else explicit_due(self.asked)
         for did in dict.fromkeys(self.dids):
             row = tx.repo(did)
             known = row or NEW_REPO._replace(hearsay=True)
-            asked = self._asked(known._replace(hearsay=known.hearsay and not self.explicit), did, due)
+            asked = self._asked(known._replace(hearsay=known.hearsay and self.asked is None), did, due)
             if asked != row:
                 tx.set_repo(did, asked)
                 acted.append(did)

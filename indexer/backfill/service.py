@@ -126,10 +126,9 @@ class Backfill:
         """Follows ``dids`` and fetches them before everything else; gives those for which that changed
         something. Synced ones are left alone unless ``again``."""
         acted: list[Did] = []
+        ephemeral, now = self._settings.ephemeral.enabled, clock_us()
         for start in range(0, len(dids), STEP):
-            unit = RequestUnit(
-                dids[start : start + STEP], frozenset(self._jobs), self._settings.ephemeral.enabled, again
-            )
+            unit = RequestUnit(dids[start : start + STEP], frozenset(self._jobs), ephemeral, again, now)
             changed = await self._writer.run("backfill_request", unit)
             self._asked_again.update(did for did in changed if did in self._jobs)
             acted += changed

@@ -68,7 +68,7 @@ class SettleUnit:
         tally(tx, self.outcome)
         if self.found:
             new = [] if tx.repo(self.did) is not None else [self.did]
-            queued = RequestUnit(new, frozenset(), self.ephemeral, again=False, explicit=False)(tx)
+            queued = RequestUnit(new, frozenset(), self.ephemeral, again=False, asked=None)(tx)
             tally(tx, "found", len(queued))
             return bool(queued)
         if self.believed_us and tx.count(f"crawl/{WITHOUT}") < self.most:

@@ -129,7 +129,7 @@ class FoundUnit:
         room = self.applier.room(tx)
         tally(tx, "unresolved_full", len(dids) - len(dids[:room]))
         dids = dids[:room]
-        queued = len(RequestUnit(dids, frozenset(), self.ephemeral, again=False, explicit=False)(tx))
+        queued = len(RequestUnit(dids, frozenset(), self.ephemeral, again=False, asked=None)(tx))
         tally(tx, "found", queued)
         return queued
 

@@ -139,12 +139,11 @@ class RepoRoutes:
         self, dids: Sequence[Did], change: Callable[[RepoRow, int], RepoRow | None], *, again: bool
     ) -> list[Did]:
         """Asks the backfill, where it runs; else writes down what it will find when it does."""
+        if self._services.backfill is not None:
+            return await self._services.backfill.add(dids, again=again)
         acted: list[Did] = []
         for step in _steps(dids):
-            if self._services.backfill is not None:
-                acted += await self._services.backfill.add(step, again=again)
-            else:
-                acted += await self._change("repos_request", step, change, create=not again)
+            acted += await self._change("repos_request", step, change, create=not again)
         return acted
 
     async def _change(

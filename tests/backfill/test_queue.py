@@ -5,13 +5,28 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from indexer.backfill.queue import CLAIMED_DUE, Entry, ReadPosition, ReadyQueue, explicit_due
+from indexer.backfill.queue import (
+    CLAIMED_DUE,
+    FOUND_SPAN,
+    Entry,
+    ReadPosition,
+    ReadyQueue,
+    explicit_due,
+    found_due,
+)
+from indexer.backfill.service import OVERLAP_US
 
 NOW = 1_800_000_000_000_000
 
 
 def test_what_was_asked_for_comes_before_what_was_seen_and_after_what_was_begun() -> None:
     assert CLAIMED_DUE < explicit_due(NOW) < explicit_due(NOW + 1) < NOW - 10 * 365 * 86400 * 1_000_000
+
+
+@given(st.integers(NOW, NOW + 10 * FOUND_SPAN))
+def test_what_is_found_together_is_due_together_and_is_read_by_the_next_pass(now: int) -> None:
+    assert now - OVERLAP_US // 2 <= found_due(now) <= now
+    assert found_due(found_due(now) + FOUND_SPAN - 1) == found_due(now)
 
 
 def test_the_earliest_of_the_allowed_hosts_comes_first() -> None:

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from indexer.atproto.types import Did
+from indexer.backfill import service
 from indexer.backfill.outcome import HOST_RESTS, reason_of
 from indexer.backfill.queue import CLAIMED_DUE
 from indexer.backfill.rows import PostponeUnit
@@ -67,6 +68,20 @@ async def test_explicit_requests_come_first(tmp_path: Path) -> None:
         await world.running(lambda: all_synced(world, accounts))
         assert sorted(host.asked[:2]) == sorted(one.did for one in accounts[4:])
         assert host.asked[2:] == [one.did for one in accounts[:4]]
+
+
+async def test_what_one_request_names_is_fetched_in_key_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are written one after the other then lie together on disk."""
+    monkeypatch.setattr(service, "STEP", 2)
+    accounts = several(7)
+    async with Host() as host, World(tmp_path, host, backfill={"concurrency": 1}) as world:
+        for one in accounts:
+            host.serve(one)
+        await world.backfill.add([one.did for one in reversed(accounts)])
+        await world.running(lambda: all_synced(world, accounts))
+        assert host.asked == sorted(one.did for one in accounts)
 
 
 async def test_a_request_overtakes_what_is_in_memory_already(tmp_path: Path) -> None:

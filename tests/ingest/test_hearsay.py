@@ -16,6 +16,7 @@ from indexer.store.check import check
 from indexer.store.codecs import NEW_REPO, AccountStatus, RepoRow, SyncState, Work
 from indexer.store.keyspaces import ACCOUNT_STATUS, REPOS, RESYNC_BUFFER, STRANGERS
 from indexer.store.transaction import Transaction
+from indexer.store.writer import clock_us
 from tests.ingest.forge import EPOCH_US, Forge
 from tests.ingest.node import Node
 from tests.ingest.test_pipeline import AWAY, World, count, holds, row_of, world
@@ -152,7 +153,7 @@ async def test_a_stranger_of_whom_nobody_knows_anything_is_forgotten_in_time(tmp
 
 async def test_what_an_operator_asked_for_stays_though_no_directory_knows_it(tmp_path: Path) -> None:
     async with world() as net, net.node(tmp_path, ingest=SOON | {"unknown_grace": 0.0}) as node:
-        asked = RequestUnit(DIDS[:1], frozenset(), False, again=False)
+        asked = RequestUnit(DIDS[:1], frozenset(), False, again=False, asked=clock_us())
         await node.writer.run("heard", lambda tx: tx.set_repo(DIDS[0], HEARD))
         await node.writer.run("asked", asked)
         name(net, [DIDS[1], DIDS[1], DIDS[0]])
