@@ -267,7 +267,8 @@ def _proper_links(value: dict[str, Any], block: bytes, max_depth: int) -> bool:
     """Whether a record obeys the model and its links are usable; at a fifth of the exact decoder's cost.
 
     False where that cannot be told. libipld's encoder makes links of bytes that are a CID and of no others:
-    had one that looks usable been a byte string, the record would be encoded to something else.
+    had one that looks usable been a byte string, the record would be encoded to something else. Of other
+    bytes nothing is known but that they are no link, if they cannot be a CID.
     """
     try:
         _check_model(value, max_depth, bytes)
@@ -341,7 +342,8 @@ def _check_type(value: dict[str, Any], link: type[bytes]) -> None:
     if type(name) is not str or not name:
         raise RecordInvalid(f"$type is not a non-empty string: {name!r}"[:200])
     if name == "blob" and not (
-        type(value.get("ref")) is link
+        type(ref := value.get("ref")) is link
+        and (link is Link or _is_blessed(ref))
         and type(value.get("mimeType")) is str
         and type(value.get("size")) is int
         and value["size"] >= 0

@@ -68,7 +68,7 @@ class NewRecords(SideVerbs):
         if len(references) < len(cids):
             references = {cid: 2 * count for cid, count in Counter(cids).items()}
         if self._state.refs.folded((did, epoch)):
-            self._count_at_once(did, references)
+            self._count_at_once(did, epoch, references)
         elif not self.add_all(self._refs.setdefault((did, epoch), {}), references):
             for cid, delta in references.items():
                 self.ref(did, epoch, cid, delta)
@@ -78,13 +78,18 @@ class NewRecords(SideVerbs):
         self.ops += len(cids)
         self.size += sum(map(len, blocks.values())) + 200 * len(cids)
 
-    def _count_at_once(self, did: Did, references: Mapping[Cid, int]) -> None:
-        """Raise the counts of blocks in their rows, past the log. Only for a life of which nothing in the log
-        waits to be folded: a fold that has read its counts already would undo this."""
+    def _count_at_once(self, did: Did, epoch: int, references: Mapping[Cid, int]) -> None:
+        """Raise the counts of blocks in their rows, past the log. Only for a life of which nothing that is
+        committed waits to be folded: a fold that has read its counts already would undo this. What this group
+        logs of it comes on top."""
         prefix = did.encode() + b"\0"
         added = {prefix + cid: delta for cid, delta in references.items()}
         for key, count in self._stored_counts(did, list(added)):
             added[key] += count
+            if added[key] <= 0:  # it was negative, a fault of our own: zeros are for the fold to judge
+                cid = Cid(key[len(prefix) :])
+                self.ref(did, epoch, cid, references[cid])
+                del added[key]
         rows = {key: pack(count) for key, count in added.items()}
         target = self._rows[BLOCK_REFS.name]
         if not self.add_all(target, rows):

@@ -53,7 +53,7 @@ class References:
         return 0 if cids is None else cids.get(cid, 0)
 
     def folded(self, life: Life) -> bool:
-        """Whether the rows of `block_refs` are all that is known of a life: no fold will change them."""
+        """Whether nothing committed of a life waits in the log: no fold that is planned now changes it."""
         return self._last_rows.get(life, -1) < self.position
 
     def merge(self, changes: Mapping[Life, Mapping[Cid, int]]) -> None:

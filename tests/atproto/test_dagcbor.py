@@ -312,6 +312,13 @@ def test_good_records(block: bytes) -> None:
         (record(a={"$type": None}), "type"),
         (record(a={"$type": "blob"}), "blob"),
         (record(a={"$type": "blob", "ref": raw_cid(b""), "mimeType": "a/b", "size": 1}), "blob"),
+        (record(a={"$type": "blob", "ref": b"\xd8\x2a", "mimeType": "a/b", "size": 1}), "blob"),
+        (record(a={"$type": "blob", "ref": b"abc", "mimeType": "a/b", "size": 1}, b=Link(CID_BYTES)), "blob"),
+        (record(a={"$type": "blob", "ref": b"", "mimeType": "a/b", "size": 1}, b=Link(CID_BYTES)), "blob"),
+        (
+            record(a={"$type": "blob", "ref": CID_BYTES, "mimeType": "a/b", "size": 1}, b=Link(CID_BYTES)),
+            "blob",
+        ),
         (record(a={"$type": "blob", "ref": Link(raw_cid(b"")), "mimeType": "a/b", "size": -1}), "blob"),
         (record(a={"$type": "blob", "ref": Link(raw_cid(b"")), "mimeType": "a/b", "size": "1"}), "blob"),
     ],
@@ -332,7 +339,17 @@ def exactly(block: bytes) -> str:
 
 def cid_like() -> st.SearchStrategy[bytes]:
     heads = st.sampled_from(
-        [DAG_CBOR_PREFIX, RAW_PREFIX, b"\x01\x70\x12\x20", b"\x12\x20", b"\x01\x55\x00", b"\x81\x00"]
+        [
+            DAG_CBOR_PREFIX,
+            RAW_PREFIX,
+            b"\x01\x70\x12\x20",
+            b"\x12\x20",
+            b"\x01\x55\x00",
+            b"\x81\x00",
+            b"",
+            b"\x00",
+            b"abc",
+        ]
     )
     return st.builds(
         bytes.__add__,
@@ -360,7 +377,7 @@ FIELDS = st.dictionaries(
 @given(FIELDS)
 @settings(max_examples=300)
 def test_links_are_told_from_bytes_as_the_exact_decoder_does(fields: dict[str, Any]) -> None:
-    block = dagcbor.encode_exact({"$type": "a.b.c", **fields})
+    block = dagcbor.encode_exact({"$type": "a.b.c", "link": Link(CID_BYTES), **fields})
     fault = exactly(block)
     if not fault:
         dagcbor.check_record(block)

@@ -220,6 +220,48 @@ async def test_a_life_begun_in_the_group_of_the_wipe_counts_from_nothing(tmp_pat
             assert list(counts(store).values()) == [2]
 
 
+async def test_a_count_that_was_wiped_row_by_row_is_none(tmp_path: Path) -> None:
+    """The new path lies outside of what is stored, so that the counts are raised past the log."""
+    async with opened(tmp_path, gc={"wipe_point_rows": 1000}) as store:
+        await store.do(partial(founded, did=ALICE), in_bulk(ALICE, records({"a.b.c/1": ("one", 0)})))
+        await store.do(
+            lambda tx: tx.wipe_repo(ALICE, AccountStatus.ACTIVE),
+            in_bulk(ALICE, records({"a.b.d/1": ("one", 0)})),
+            in_bulk(ALICE, records({"a.b.e/1": ("one", 0)})),
+        )
+        assert list(counts(store).values()) == [4]
+        assert list(store.db.scan(REFLOG)) == []
+        store.assert_clean()
+
+
+async def test_counts_of_a_step_that_fails_are_taken_back_with_its_wipe(tmp_path: Path) -> None:
+    two = cid_of(block_of("two"))
+
+    def bad(tx: Transaction) -> None:
+        in_bulk(ALICE, records({"a.b.f/1": ("one", 0), "a.b.f/2": ("two", 0)}))(tx)
+        in_bulk(ALICE, records({"a.b.g/1": ("two", 0)}))(tx)
+        tx.wipe_repo(ALICE, AccountStatus.ACTIVE)
+        in_bulk(ALICE, records({"a.b.h/1": ("one", 0)}))(tx)
+        raise BadInput("no")
+
+    good = [in_bulk(ALICE, records({f"a.b.{name}/1": ("two", 0)})) for name in "ij"]
+    async with opened(tmp_path) as store:
+        await store.do(partial(founded, did=ALICE))
+        await store.writer.run_ordered("steps", [good[0], bad, good[1]], lambda _i, _e: lambda _tx: None)
+        assert counts(store) == {two: 4}
+        store.assert_clean()
+
+
+async def test_a_negative_count_that_comes_to_zero_is_left_to_the_fold(tmp_path: Path) -> None:
+    one = cid_of(block_of("one"))
+    async with opened(tmp_path) as store:
+        await store.do(partial(founded, did=ALICE), lambda tx: tx.put(BLOCK_REFS, (ALICE, one), -2))
+        await store.do(in_bulk(ALICE, records({"a.b.c/1": ("one", 0)})))
+        assert counts(store) == {one: -2}
+        assert (await store.checkpoint.run_once()).zeroed == 1
+        assert counts(store) == {}
+
+
 async def test_a_step_that_fails_takes_all_of_them_back(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         await store.do(partial(founded, did=ALICE), in_bulk(ALICE, some(3)))
