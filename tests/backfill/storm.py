@@ -33,6 +33,8 @@ from tests.paths import ROOT
 SEED = 20261121
 _LONGEST_S = 0.7  # a child lives, from when it has requested its work
 _AT_START = 0.1  # of the kills come at any moment of the start
+_WITHIN = 0.5  # and so many soon after a repository was seen to be there in part
+_SOON_S = 0.01
 _POST = "app.bsky.feed.post/"
 #: Records of the accounts; the largest does not fit into the child's memory and lies in any order.
 _SIZES = (*[3, 30, 90, 250] * 5, 1200)
@@ -133,10 +135,13 @@ class Storm:
         child.stdin.write(wanted)
         child.stdin.close()
         if killed:
-            early = self.chance.random() < _AT_START
-            if not early:
+            moment, longest = self.chance.random(), _LONGEST_S
+            if moment >= _AT_START:
                 await child.stdout.readline()
-            await asyncio.sleep(self.chance.uniform(0, _LONGEST_S))  # the random moment
+            if moment >= 1 - _WITHIN:
+                await child.stdout.readline()
+                longest = _SOON_S
+            await asyncio.sleep(self.chance.uniform(0, longest))  # the random moment
             if child.returncode is None:
                 child.kill()
         return await child.wait()

@@ -1,7 +1,8 @@
 """The process that `storm` kills: it backfills what it is told to, from a host that lives elsewhere.
 
 ``python -m tests.backfill.storm_child FOLDER URL``: the DIDs to be fetched again come as one JSON list on
-standard input. Says ``ready`` once they are requested, and ``done`` when nothing waits any more.
+standard input. Says ``ready`` once they are requested, ``within`` when a repository is first seen to be in
+the store in part, and ``done`` when nothing waits any more.
 """
 
 from __future__ import annotations
@@ -25,8 +26,20 @@ BACKFILL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def synced(db: Database) -> bool:
-    return all(row.state is SyncState.SYNCED for _did, row in db.repos(limit=1000))
+class Watch:
+    """Whether all are synced; tells of the first that is being applied."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._told = False
+
+    def __call__(self) -> bool:
+        rows = list(self._db.repos(limit=1000))
+        begun = (did for did, row in rows if row.state is SyncState.BACKFILLING and not row.complete)
+        if not self._told and any(self._db.records(did, limit=1) for did in begun):
+            self._told = True
+            print("within", flush=True)
+        return all(row.state is SyncState.SYNCED for _did, row in rows)
 
 
 async def main(folder: Path, url: str, dids: list[str]) -> None:
@@ -37,7 +50,7 @@ async def main(folder: Path, url: str, dids: list[str]) -> None:
     async with World(folder, host, backfill=BACKFILL, hosts=patient) as world:
         await world.backfill.add(dids, again=True)
         print("ready", flush=True)
-        await world.running(lambda: synced(world.db))
+        await world.running(Watch(world.db))
         print("done", flush=True)
 
 

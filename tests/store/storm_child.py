@@ -57,7 +57,7 @@ _IN_FLIGHT = 8  # groups of units that are not acknowledged
 def settings() -> Settings:
     return settings_of(
         events={"retention": RETENTION_S},
-        gc={"step_rows": 70, "wipe_point_rows": 200, "compact_after": 200},
+        gc={"step_rows": 70, "checkpoint_rows": 1000, "wipe_point_rows": 200, "compact_after": 200},
         writer={"group_ops": 200},
         ingest={"buffer_frames_per_repo": BUFFERED},
         store={"quarantine_entries": QUARANTINED},
