@@ -72,9 +72,7 @@ class NewRecords(SideVerbs):
         elif not self.add_all(self._refs.setdefault((did, epoch), {}), references):
             for cid, delta in references.items():
                 self.ref(did, epoch, cid, delta)
-        if not self.add_all(self._block_rows, blocks):
-            for key, block in blocks.items():
-                self.write(self._block_rows, key, block)
+        self.write_all(self._block_rows, blocks)
         self.ops += len(cids)
         self.size += sum(map(len, blocks.values())) + 200 * len(cids)
 
@@ -90,12 +88,8 @@ class NewRecords(SideVerbs):
                 cid = Cid(key[len(prefix) :])
                 self.ref(did, epoch, cid, references[cid])
                 del added[key]
-        rows = {key: pack(count) for key, count in added.items()}
-        target = self._rows[BLOCK_REFS.name]
-        if not self.add_all(target, rows):
-            for key, row in rows.items():
-                self.write(target, key, row)
-        self.ops += len(rows)
+        self.write_all(self._rows[BLOCK_REFS.name], {key: pack(count) for key, count in added.items()})
+        self.ops += len(added)
 
     def _stored_counts(self, did: Did, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int]]:
         """Those of a repository's counts that have a row, here or in the store."""

@@ -59,6 +59,12 @@ class Overlay:
         target.update(entries)
         return True
 
+    def write_all(self, target: dict[Any, Any], entries: dict[Any, Any]) -> None:
+        """As `write` for each of many entries, at once where none of them is there."""
+        if not self.add_all(target, entries):
+            for key, value in entries.items():
+                self.write(target, key, value)
+
     def undo_rows(self) -> None:
         """Take back what was written since the undo list was last cleared."""
         for target, key, old in reversed(self._undo):
