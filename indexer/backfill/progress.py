@@ -33,6 +33,9 @@ _SLOT_S: Final = 10
 _SLOTS: Final = 60
 #: Idle for longer than this, and a new busy time begins.
 _IDLE_S: Final = 5.0
+#: Who is to be tried again within this time belongs to what is going on: a host asked for patience. Longer
+#: waits are of repositories and hosts that fail, and have no end that could be foretold.
+_SOON_S: Final = 600.0
 
 
 class Census(NamedTuple):
@@ -44,23 +47,30 @@ class Census(NamedTuple):
     held: int = 0
     oldest_due: Micros = 0
     next_due: Micros = 0  # of those that wait for later
+    soon: int = 0  # of those that wait for later: that the forecast counts
+    last_soon: Micros = 0
     left: int = 0  # repositories that had left the queue when it was taken
 
-    def with_rows(self, rows: Sequence[tuple[Micros, RepoRow]], now: Micros) -> Census:
-        """With further rows of the queue, in its order."""
-        due, later, held, oldest, following = self.due, self.later, self.held, self.oldest_due, self.next_due
+    def with_rows(self, rows: Sequence[tuple[Micros, RepoRow]], now: Micros, rate: float) -> Census:
+        """With further rows of the queue, in its order; ``rate`` is how many leave it a second.
+
+        Those for later whose time comes before all before them are done, or within `_SOON_S`, are `soon`.
+        """
+        due, later, held, oldest, following, soon, last_soon, left = self
         for at, row in rows:
             if reason_of(row.error) in HELD:
                 held += 1
             elif at > now:
                 later += 1
                 following = min(following or at, at)
+                if at <= now + 1e6 * max(_SOON_S, (due + soon) / rate if rate else 0.0):
+                    soon, last_soon = soon + 1, at
             else:
                 due += 1
                 if at != CLAIMED_DUE:
                     asked = asked_at(at, now)
                     oldest = min(oldest or asked, asked)
-        return Census(due, later, held, oldest, following, self.left)
+        return Census(due, later, held, oldest, following, soon, last_soon, left)
 
 
 def asked_at(due: Micros, now: Micros) -> Micros:
@@ -76,6 +86,7 @@ class Pace:
         self._slots: deque[tuple[int, int]] = deque()
         self._began: float | None = None
         self._last = 0.0
+        self._before = 0.0  # the pace of the busy time before
         self._working = 0
         #: How many have left since the start.
         self.left = 0
@@ -84,6 +95,7 @@ class Pace:
         """One is being worked on."""
         now = self._clock()
         if self._began is None or (not self._working and now - self._last > _IDLE_S):
+            self._before = self.per_s()
             self._began = now
             self._slots.clear()
         self._working += 1
@@ -99,7 +111,10 @@ class Pace:
             self._slots.append((slot, count + 1))
 
     def per_s(self) -> float:
-        """The mean over the present busy time, its last ten minutes at most; 0.0 before anything left."""
+        """The mean over the present busy time, its last ten minutes at most.
+
+        Before anything left in it, the pace of the one before, as far as the silence allows; 0.0 at first.
+        """
         if self._began is None:
             return 0.0
         now = self._clock() if self._working else self._last
@@ -107,7 +122,10 @@ class Pace:
         while self._slots and self._slots[0][0] < first:
             self._slots.popleft()
         span = now - max(self._began, first * _SLOT_S)
-        return sum(count for _slot, count in self._slots) / span if span > 0 else 0.0
+        left = sum(count for _slot, count in self._slots)
+        if left and span > 0:
+            return left / span
+        return min(self._before, 1 / span) if span > 0 else self._before
 
 
 class Progress:
@@ -128,7 +146,7 @@ class Progress:
 
     async def take(self) -> None:
         """Looks at the whole queue once."""
-        now = clock_us()
+        now, rate = clock_us(), self.pace.per_s()
         census = Census(left=self.pace.left)
         start = b""
         while keys := [key for key, _ in self._db.scan(PENDING, start, None, limit=_STEP)]:
@@ -136,7 +154,7 @@ class Progress:
             waiting = [
                 (due, row) for (due, _), row in zip(keys, rows, strict=True) if row and is_waiting(row)
             ]
-            census = census.with_rows(waiting, now)
+            census = census.with_rows(waiting, now, rate)
             start = encode_due(keys[-1]) + b"\0"
             await asyncio.sleep(0)
         self.census = census
@@ -145,15 +163,26 @@ class Progress:
         """Repositories that are due now, by the last census and what left since."""
         return max(0, self.census.due - (self.pace.left - self.census.left))
 
+    def eta_s(self) -> float | None:
+        """Seconds until all that is due, or will be soon, is done at the present pace.
+
+        None where there is no such thing, or nothing has left yet.
+        """
+        census, rate = self.census, self.pace.per_s()
+        waiting = max(census.soon, census.due + census.soon - (self.pace.left - census.left))
+        if not waiting or not rate:
+            return None
+        return max(waiting / rate, (census.last_soon - clock_us()) / 1e6)
+
     def status(self) -> dict[str, Any]:
-        """Figures for `/stats`. ``eta_s`` is None where nothing is due, or nothing has left yet."""
-        census, due, rate = self.census, self.due(), self.pace.per_s()
+        """Figures for `/stats`."""
+        census, due, eta = self.census, self.due(), self.eta_s()
         return {
             "due": due,
             "later": census.later,
             "held": census.held,
             "oldest_due_us": (census.oldest_due or None) if due else None,
             "next_due_us": census.next_due or None,
-            "repos_per_s": round(rate, 2),
-            "eta_s": round(due / rate, 1) if due and rate else None,
+            "repos_per_s": round(self.pace.per_s(), 2),
+            "eta_s": None if eta is None else round(eta, 1),
         }

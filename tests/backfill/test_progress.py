@@ -50,7 +50,7 @@ async def test_the_census_tells_who_waits_for_what(tmp_path: Path) -> None:
         await store(world, found)
         progress = Progress(world.db)
         await progress.take()
-        assert progress.census == Census(302, 2, 1, now - HOUR, now + HOUR, 0)
+        assert progress.census == Census(302, 2, 1, now - HOUR, now + HOUR, 0, 0, 0)
         status = progress.status()
         assert (status["due"], status["later"], status["held"], status["eta_s"]) == (302, 2, 1, None)
         assert (status["oldest_due_us"], status["next_due_us"]) == (now - HOUR, now + HOUR)
@@ -78,11 +78,67 @@ def test_what_left_since_the_census_does_not_wait() -> None:
     assert pace.per_s() == pytest.approx(2 / 3)
     clock.now += 1000  # idle: the pace stays what it was
     assert pace.per_s() == pytest.approx(2 / 3)
-    pace.begin()
-    assert pace.per_s() == 0.0
-    clock.now += 2
+    pace.begin()  # of a new busy time nothing is known yet but the pace before, and how long nothing came
+    assert pace.per_s() == pytest.approx(2 / 3)
+    clock.now += 1
+    assert pace.per_s() == pytest.approx(2 / 3)
+    clock.now += 3
+    assert pace.per_s() == 0.25
+    clock.now -= 2
     pace.end(left=True)
     assert pace.per_s() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rate", "waits", "soon", "last"),
+    [
+        (0.0, [1, 599, 700], 2, 599),
+        (1.0, [1, 599, 700], 2, 599),
+        (0.01, [1, 1050, 1150, 1301], 3, 1150),  # ten due: 1,000 s, and 100 more for each that comes in time
+        (0.01, [1001, 1002], 0, 0),
+    ],
+)
+def test_who_is_tried_again_before_the_end_or_soon_belongs_to_the_forecast(
+    rate: float, waits: list[int], soon: int, last: int
+) -> None:
+    now = clock_us()
+    row = NEW_REPO._replace(tracked=True, attempt=1, error="rate_limited: pds asks for patience")
+    rows = [(now - 1, row)] * 10 + [(now + seconds * 1_000_000, row) for seconds in waits]
+    census = Census()
+    for first in range(0, len(rows), 4):
+        census = census.with_rows(rows[first : first + 4], now, rate)
+    assert (census.due, census.later, census.soon) == (10, len(waits), soon)
+    assert census.last_soon == (now + last * 1_000_000 if last else 0)
+
+
+async def test_the_last_tries_are_part_of_the_time_to_go(tmp_path: Path) -> None:
+    clock, now = Clock(), clock_us()
+    waiting = NEW_REPO._replace(tracked=True)
+    async with Host() as host, World(tmp_path, host) as world:
+        found = {f"due{number}": waiting._replace(due=now - 1) for number in range(4)}
+        found |= {"soon": waiting._replace(due=now + 30_000_000, attempt=1, error="rate_limited: wait")}
+        found |= {"late": waiting._replace(due=now + HOUR, attempt=1, error="slow: it was")}
+        await store(world, found)
+        progress = Progress(world.db, clock)
+        await progress.take()
+        assert progress.eta_s() is None  # no pace yet
+        left(progress.pace, clock, 0.1)
+        await progress.take()
+        assert progress.eta_s() == pytest.approx(50)
+        left(progress.pace, clock, 0.1, times=4)  # none is due any more
+        assert progress.due() == 0
+        assert progress.eta_s() == pytest.approx(30, abs=10)
+        await store(world, dict.fromkeys([*found][:5], waiting))
+        await progress.take()
+        assert (progress.census.later, progress.eta_s()) == (1, None)  # when that will do nobody can know
+
+
+def left(pace: Pace, clock: Clock, per_s: float, times: int = 1) -> None:
+    """Repositories leave the queue at a pace."""
+    for _ in range(times):
+        pace.begin()
+        clock.now += 1 / per_s
+        pace.end(left=True)
 
 
 def test_an_old_pace_is_forgotten() -> None:
