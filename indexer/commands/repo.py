@@ -303,7 +303,7 @@ async def verify_offline(data_dir: Path, did: str) -> Audit:
     with Database.open(data_dir / "db", create=False, read_only=True) as db:
         if db.mode.ephemeral:
             raise RequestError("the database keeps no records (ephemeral mode)")
-        return await audit(db, Pool(0), did, max_records=sys.maxsize)
+        return await audit(db, Pool(0), did)
 
 
 @contextmanager

@@ -3,13 +3,15 @@
 `audit` looks at one repository; `Auditor` does so for a few repositories a minute, in the order of their
 DIDs from a random place on, counts what came of it (``audit/<outcome>``) and is loud about a mismatch:
 an index that contradicts its commit is a fault of ours. Rows are read from one snapshot in small steps on
-the loop; the tree is built in a worker process.
+the loop; the tree grows by a page of them at a time in a worker process, so that memory does not depend on
+how large the repository is.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
 from typing import Final, NamedTuple
 
 import structlog
@@ -17,8 +19,8 @@ import structlog
 from indexer.atproto.cid import format_cid
 from indexer.atproto.types import Cid, Did, Path
 from indexer.config import Settings
-from indexer.errors import RequestError
-from indexer.ingest.rebuild import OUTCOMES, Outcome, Signature, inspect
+from indexer.errors import MstError, RequestError
+from indexer.ingest.rebuild import OUTCOMES, Finding, Outcome, Signature, grown, inspect, no_tree
 from indexer.pool import Pool
 from indexer.store.codecs import RepoRow
 from indexer.store.database import Database, Snapshot
@@ -27,6 +29,7 @@ from indexer.store.worker import Worker
 from indexer.store.writer import Writer
 
 _STEP_ROWS: Final = 2_000  # read before others get their turn on the loop
+_PAGE_STEPS: Final = 10  # read before they go to the worker: 5 MiB
 _SCANNED_ROWS: Final = 500  # repositories looked at to find one to audit
 _DID_CHARACTERS: Final = "234567abcdefghijklmnopqrstuvwxyz"
 _COUNTS: Final = "audit/"
@@ -47,17 +50,24 @@ class Audit(NamedTuple):
     records: int
 
 
-async def audit(db: Database, pool: Pool, did: Did, *, max_records: int) -> Audit:
-    """Audit one repository. Raises `RequestError` (`RepoNotFound`, `RepoIncomplete`, `RepoTooLarge`) for one
-    that cannot be audited. Call it on the writer's loop."""
+async def audit(db: Database, pool: Pool, did: Did) -> Audit:
+    """Audit one repository. Raises `RequestError` (`RepoNotFound`, `RepoIncomplete`) for one that cannot be
+    audited. Call it on the writer's loop."""
+    records, tree = 0, no_tree()
     with db.snapshot(REPOS, RECORDS) as snapshot:
         row = _auditable(snapshot.repo(did), did)
-        paths, links = await _listing(snapshot, did, max_records)
-    finding = await pool.run(inspect, did, row, "\n".join(paths), b"".join(links))
+        try:
+            async for paths, cids in _pages(snapshot, did):
+                records += len(paths)
+                tree = await pool.run(grown, tree, paths, cids)
+        except MstError as error:
+            finding = Finding("tree", f"the index holds what no tree can: {error}", "unchecked", b"")
+        else:
+            finding = await pool.run(inspect, did, row, tree)
     rebuilt = format_cid(finding.root) if finding.root else ""
     return Audit(
         did, finding.outcome, finding.message, row.rev, format_cid(row.data), rebuilt,
-        finding.signature, len(paths),
+        finding.signature, records,
     )  # fmt: skip
 
 
@@ -69,20 +79,22 @@ def _auditable(row: RepoRow | None, did: Did) -> RepoRow:
     return row
 
 
-async def _listing(snapshot: Snapshot, did: Did, max_records: int) -> tuple[list[Path], list[Cid]]:
+async def _pages(snapshot: Snapshot, did: Did) -> AsyncIterator[tuple[list[Path], list[Cid]]]:
     """Paths and CIDs of all records, in tree order."""
     paths: list[Path] = []
-    links: list[Cid] = []
+    cids: list[Cid] = []
     start: Path | None = None
     while rows := snapshot.records(did, start=start, limit=_STEP_ROWS):
         for path, row in rows:
             paths.append(path)
-            links.append(row.cid)
-        if len(paths) > max_records:
-            raise RequestError(f"repository {did} has more than {max_records} records", name="RepoTooLarge")
+            cids.append(row.cid)
         start = paths[-1] + "\0"
+        if len(paths) >= _STEP_ROWS * _PAGE_STEPS:
+            yield paths, cids
+            paths, cids = [], []
         await asyncio.sleep(0)
-    return paths, links
+    if paths:
+        yield paths, cids
 
 
 class Auditor(Worker):
@@ -94,7 +106,6 @@ class Auditor(Worker):
         super().__init__(db, writer, settings.gc)
         self._pool = pool
         self._rate = settings.audit.repos_per_minute
-        self._max_records = settings.xrpc.rebuild_max_records
         # Restarts begin anywhere, so that no part of the index goes unlooked at for long.
         self._after = "did:plc:" + "".join(random.choices(_DID_CHARACTERS, k=24))
 
@@ -117,7 +128,7 @@ class Auditor(Worker):
             if did is None:
                 return None
             try:
-                found = await audit(self._db, self._pool, did, max_records=self._max_records)
+                found = await audit(self._db, self._pool, did)
             except RequestError as error:
                 await self._count("skipped")
                 log.debug("audit_skipped", did=did, reason=error.name)

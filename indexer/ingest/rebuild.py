@@ -5,14 +5,15 @@ Pure; runs in a worker process, so it imports nothing that opens files or socket
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
-from indexer.atproto import mst
 from indexer.atproto.cid import format_cid
 from indexer.atproto.commit import Commit, check_signature, decode_commit
-from indexer.atproto.types import Cid, Did, DidKey
+from indexer.atproto.mst import TreeBuilder
+from indexer.atproto.types import Cid, Did, DidKey, Path
 from indexer.errors import BadInput, CommitError, SignatureInvalid
-from indexer.store.codecs import CID_BYTES, RepoRow
+from indexer.store.codecs import RepoRow
 
 #: ``tree``: other records than were signed; ``commit``: the row and its commit say different things;
 #: ``signature``: sound, but not signed by the key that the account has now.
@@ -30,14 +31,26 @@ class Finding(NamedTuple):
     root: Cid  # rebuilt; b"" when no tree can be made of the rows
 
 
-def inspect(did: Did, row: RepoRow, paths: str, links: bytes) -> Finding:
-    """Judge a repository of ``paths`` (one a line) and their CIDs (one after another)."""
-    keys = paths.split("\n") if paths else []
-    cids = (links[start : start + CID_BYTES] for start in range(0, len(links), CID_BYTES))
-    try:
-        root = mst.build(zip(keys, cids, strict=True)).root
-    except (BadInput, ValueError) as error:  # a path that is none, or with a line break in it
-        return Finding("tree", f"the index holds what no tree can: {error}", "unchecked", b"")
+def grown(tree: TreeBuilder, paths: Sequence[Path], cids: Sequence[Cid]) -> TreeBuilder:
+    """``tree`` with further records; only what is open of it goes from process to process. `MstError`
+    where they do not ascend, or a path is none."""
+    for path, cid in zip(paths, cids, strict=True):
+        tree.add(path, cid)
+    return tree
+
+
+def no_tree() -> TreeBuilder:
+    """A tree without records of which only the root is wanted."""
+    return TreeBuilder(_drop)
+
+
+def _drop(_cid: Cid, _block: bytes) -> None:
+    pass
+
+
+def inspect(did: Did, row: RepoRow, tree: TreeBuilder) -> Finding:
+    """Judge a repository of which ``tree`` holds all records."""
+    root = tree.close()
     try:
         commit = decode_commit(row.commit)
         _check_commit(commit, did, row)

@@ -35,7 +35,5 @@ class VerifyRoutes:
         access.require_records(services)
         did = checked_did(request.match_info["did"])
         async with self._slots:
-            found = await audit(
-                services.db, services.pool, did, max_records=services.settings.xrpc.rebuild_max_records
-            )
+            found = await audit(services.db, services.pool, did)
         return json_response(found._asdict())

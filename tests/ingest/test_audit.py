@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import pickle
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -14,8 +16,10 @@ import structlog
 from indexer.atproto.cid import format_cid
 from indexer.errors import RequestError
 from indexer.ingest.audit import Auditor, audit
+from indexer.ingest.rebuild import grown
 from indexer.pool import Pool
 from indexer.repo.walker import load_repo
+from indexer.simulator.corpus import build_car
 from indexer.store.codecs import NEW_REPO, OVERSIZE, SyncState
 from indexer.store.keyspaces import RECORDS
 from indexer.store.raw import RawRows
@@ -23,13 +27,13 @@ from indexer.store.transaction import Transaction
 from tests.commands.real_repos import repo_file, truth_of
 from tests.store.support import ALICE, BOB, SYNCED, Store, cid_of, opened, settings_of
 
-LIMIT = 100_000
 ANOTHER_KEY = "did:key:zQ3shokFTS3brHcDQrn82RUDfCZESWL1ZdCEJwekUDPQiYBme"
 
 
-async def load(store: Store) -> str:
-    """Stores a small captured repository; its DID."""
-    repo = load_repo(repo_file("ten.car").read_bytes())
+async def load(store: Store, car: bytes | None = None) -> str:
+    """Stores a repository, a small captured one where no other is given; its DID."""
+    repo = load_repo(car or repo_file("ten.car").read_bytes())
+    key = "" if car else truth_of("ten")["signingKey"]
     did = repo.commit.did
 
     def work(tx: Transaction) -> None:
@@ -37,7 +41,7 @@ async def load(store: Store) -> str:
             tx.put_record(did, path, cid, block, repo.commit.rev, live=False)
         row = NEW_REPO._replace(
             tracked=True, state=SyncState.SYNCED, complete=True, rev=repo.commit.rev,
-            commit=repo.commit_block, data=repo.commit.data, signing_key=truth_of("ten")["signingKey"],
+            commit=repo.commit_block, data=repo.commit.data, signing_key=key,
         )  # fmt: skip
         tx.set_repo(did, row)
 
@@ -53,7 +57,7 @@ async def loaded(tmp_path: Path) -> AsyncIterator[tuple[Store, str]]:
 
 async def test_a_sound_repository_is_found_sound(tmp_path: Path) -> None:
     async with loaded(tmp_path) as (store, did):
-        found = await audit(store.db, Pool(0), did, max_records=LIMIT)
+        found = await audit(store.db, Pool(0), did)
         row = store.db.repo(did)
         assert row is not None
         assert (found.outcome, found.signature, found.message) == ("ok", "valid", "")
@@ -68,7 +72,7 @@ async def test_flagged_rows_are_part_of_the_tree(tmp_path: Path, flags: int) -> 
         block = store.db.block(did, row.cid)
         assert block is not None
         await store.do(lambda tx: tx.put_record(did, path, row.cid, block, row.rev, live=False, flags=flags))
-        assert (await audit(store.db, Pool(0), did, max_records=LIMIT)).outcome == "ok"
+        assert (await audit(store.db, Pool(0), did)).outcome == "ok"
 
 
 async def test_a_lost_an_added_and_a_changed_record_are_found(tmp_path: Path) -> None:
@@ -77,16 +81,16 @@ async def test_a_lost_an_added_and_a_changed_record_are_found(tmp_path: Path) ->
         block = store.db.block(did, row.cid)
         assert block is not None
         await store.delete(did, path)
-        lost = await audit(store.db, Pool(0), did, max_records=LIMIT)
+        lost = await audit(store.db, Pool(0), did)
         assert lost.outcome == "tree"
         assert lost.signature == "valid"
         assert f"the root {lost.rebuilt}, signed is {lost.data}" in lost.message
         await store.put(did, path, "changed")
-        assert (await audit(store.db, Pool(0), did, max_records=LIMIT)).outcome == "tree"
+        assert (await audit(store.db, Pool(0), did)).outcome == "tree"
         await store.do(lambda tx: tx.put_record(did, path, row.cid, block, row.rev, live=True))
-        assert (await audit(store.db, Pool(0), did, max_records=LIMIT)).outcome == "ok"
+        assert (await audit(store.db, Pool(0), did)).outcome == "ok"
         await store.put(did, path + "x", "added")
-        assert (await audit(store.db, Pool(0), did, max_records=LIMIT)).outcome == "tree"
+        assert (await audit(store.db, Pool(0), did)).outcome == "tree"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +109,7 @@ async def test_a_row_that_contradicts_its_commit_is_found(
         row = store.db.repo(did)
         assert row is not None
         await store.do(lambda tx: tx.set_repo(did, row._replace(**changes)))  # type: ignore[arg-type]
-        found = await audit(store.db, Pool(0), did, max_records=LIMIT)
+        found = await audit(store.db, Pool(0), did)
         assert found.outcome == outcome
         assert message in found.message
 
@@ -115,32 +119,61 @@ async def test_without_a_key_the_signature_is_unchecked(tmp_path: Path) -> None:
         row = store.db.repo(did)
         assert row is not None
         await store.do(lambda tx: tx.set_repo(did, row._replace(signing_key="")))
-        found = await audit(store.db, Pool(0), did, max_records=LIMIT)
+        found = await audit(store.db, Pool(0), did)
         assert (found.outcome, found.signature) == ("ok", "unchecked")
 
 
 async def test_what_cannot_be_audited_is_refused_by_name(tmp_path: Path) -> None:
-    async with loaded(tmp_path) as (store, did):
+    async with loaded(tmp_path) as (store, _did):
         await store.do(lambda tx: tx.set_repo(ALICE, SYNCED))
-        refusals = [
-            (ALICE, LIMIT, "RepoIncomplete"), (BOB, LIMIT, "RepoNotFound"), (did, 1, "RepoTooLarge"),
-        ]  # fmt: skip
-        for repo, limit, name in refusals:
+        for repo, name in ((ALICE, "RepoIncomplete"), (BOB, "RepoNotFound")):
             with pytest.raises(RequestError) as refused:
-                await audit(store.db, Pool(0), repo, max_records=limit)
+                await audit(store.db, Pool(0), repo)
             assert refused.value.name == name
 
 
 async def test_an_audit_speaks_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("indexer.ingest.audit._STEP_ROWS", 1)
     async with loaded(tmp_path) as (store, did):
-        running = asyncio.create_task(audit(store.db, Pool(0), did, max_records=LIMIT))
+        running = asyncio.create_task(audit(store.db, Pool(0), did))
         await asyncio.sleep(0)
         await store.delete(did, store.db.records(did, reverse=True, limit=1)[0][0])
         assert (await running).outcome == "ok"
 
 
-async def test_the_auditor_goes_round_skips_what_it_cannot_audit_and_counts(tmp_path: Path) -> None:
+class Watched(Pool):
+    """A pool that tells how large what it was given is."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.rows: list[int] = []
+        self.largest = 0
+
+    async def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if function is grown:
+            self.rows.append(len(args[1]))
+        passed = pickle.dumps(args)
+        result = pickle.dumps(await super().run(function, *pickle.loads(passed), **kwargs))
+        self.largest = max(self.largest, len(passed), len(result))
+        return pickle.loads(result)
+
+
+async def test_a_large_repository_passes_page_by_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("indexer.ingest.audit._STEP_ROWS", 20)
+    async with opened(tmp_path) as store:
+        did = await load(store, build_car(seed=1, records=2_010))
+        pool = Watched()
+        found = await audit(store.db, pool, did)
+        assert (found.outcome, found.records) == ("ok", 2_010)
+        assert pool.rows == [200] * 10 + [10]
+        assert pool.largest < 40_000  # a tenth of the whole
+
+
+async def test_the_auditor_goes_round_skips_what_it_cannot_audit_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with loaded(tmp_path) as (store, did):
         for other in (ALICE, BOB, "did:web:zzz.example"):
             await store.do(partial(Transaction.set_repo, did=other, row=SYNCED))
@@ -150,8 +183,8 @@ async def test_the_auditor_goes_round_skips_what_it_cannot_audit_and_counts(tmp_
             assert found is not None
             assert found.did == did
         assert auditor.stats["ok"] == store.db.count("audit/ok") == 3
-        small = settings_of(xrpc={"rebuild_max_records": 1})
-        assert await Auditor(store.db, store.writer, Pool(0), small).run_once() is None
+        monkeypatch.setattr(auditor, "_next", lambda: ALICE)  # a resync took it away meanwhile
+        assert await auditor.run_once() is None
         assert store.db.count("audit/skipped") == 1
 
 
