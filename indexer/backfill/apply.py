@@ -29,7 +29,7 @@ from indexer.repo.ranges import Range
 from indexer.store.archives import Archived
 from indexer.store.codecs import OVERSIZE, RepoRow, SyncState, Work
 from indexer.store.database import Database
-from indexer.store.transaction import NewRecord, Transaction
+from indexer.store.transaction import CountedBlocks, NewRecord, Transaction
 from indexer.store.writer import Writer
 
 #: Blocks are read together unless so many times their bytes lie between the first and the last.
@@ -75,9 +75,11 @@ async def apply_repo(db: Database, writer: Writer, plan: Plan, bounds: Bounds) -
     steps = diff(read_index(plan.index), stored_pages(db, plan.did, bounds.changes, plan.ranges), plan.wants)
     changes = 0
     first = True
+    # Of one that takes a single unit nothing is to be remembered.
+    counted = CountedBlocks(plan.verified.records) if plan.verified.records > bounds.changes else None
     with CarBlocks(plan.car) as blocks:
         for part, last in joined(steps, bounds.changes, bounds.bytes):
-            unit = Unit(plan, blocks.read(part.puts), part.deletes, first, last)
+            unit = Unit(plan, blocks.read(part.puts), part.deletes, first, last, counted)
             row = await writer.run("backfill_apply", unit)
             if row is None or last:
                 return Applied(row, changes + (0 if row is None else part.size))
@@ -155,6 +157,7 @@ class Unit:
     deletes: list[Path]
     first: bool
     last: bool
+    counted: CountedBlocks | None
 
     def __call__(self, tx: Transaction) -> RepoRow | None:
         """The row after the step; None, and nothing written, when the job is obsolete."""
@@ -163,7 +166,7 @@ class Unit:
         if row is None:
             return None
         did, rev = plan.did, plan.verified.rev
-        tx.put_records(did, rev, self.puts, live=False)
+        tx.put_records(did, rev, self.puts, live=False, counted=self.counted)
         for path in self.deletes:
             tx.delete_record(did, path, rev, live=False)
         if self.first:

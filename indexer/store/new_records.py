@@ -2,23 +2,60 @@
 
 Rows, blocks, counts and events of many new records at once, at a fraction of what one by one costs. Their
 references need no log: where nothing of a life waits to be folded, its counts are raised in their rows
-in the same batch. The part of the transaction behind `Transaction.put_records`. On the writer's loop.
+in the same batch. The part of the transaction behind `Transaction.put_records`, and what several of them,
+which put one repository there in turn, remember of each other. On the writer's loop.
 """
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from indexer.atproto.types import Cid, Did, Nsid, Path, Rev
 from indexer.store import codecs
-from indexer.store.codecs import CREATE, LIVE, RECORD, pack, unpack
+from indexer.store.codecs import CREATE, LIVE, RECORD, did_range, pack, unpack
 from indexer.store.keyspaces import BLOCK_REFS, RECORDS
 from indexer.store.overlay import MISSING
 from indexer.store.side_verbs import SideVerbs
 
 NewRecord: TypeAlias = tuple[Path, Cid, bytes, int]  # path, CID, block, flags
+
+#: A number out of a CID's hash.
+_NUMBER: Final = struct.Struct("<4xQ24x")
+#: Bits of the filter for each record, and bytes of it at most.
+_BITS: Final = 32
+_FILTER_BYTES: Final = 1 << 20
+
+
+class CountedBlocks:
+    """The blocks that one apply has referenced so far, in units that come one after the other while nobody
+    else writes to the repository. Where no block of it was counted before, only these can be: the counts of
+    all others need not be looked for in the store. A Bloom filter with one hash: it may take a block for one
+    of them, never the other way round."""
+
+    __slots__ = ("_bits", "_mask", "alone")
+
+    def __init__(self, records: int) -> None:
+        size = 1 << (max(1, min(records * _BITS // 8, _FILTER_BYTES)) - 1).bit_length()
+        self._bits = bytearray(size)
+        self._mask = size * 8 - 1
+        #: Whether no block was counted before the first of them; None until that was looked at.
+        self.alone: bool | None = None
+
+    def add(self, cids: Sequence[Cid]) -> set[Cid]:
+        """Those that may have been added before; they are now, all of them."""
+        bits, mask = self._bits, self._mask
+        again = set()
+        for cid, (number,) in zip(cids, _NUMBER.iter_unpack(b"".join(cids)), strict=True):
+            at = number & mask
+            bit = 1 << (at & 7)
+            if bits[at >> 3] & bit:
+                again.add(cid)
+            else:
+                bits[at >> 3] |= bit
+        return again
 
 
 class NewRecords(SideVerbs):
@@ -40,8 +77,31 @@ class NewRecords(SideVerbs):
             self._undo.append((cids, cid, old))
             cids[cid] = old + delta
 
-    def _put_new(self, did: Did, rev: Rev, records: Sequence[NewRecord], live: bool) -> bool:
-        """Store records of which none is; false, with nothing stored, when that is not so."""
+    def _counted_before(
+        self, did: Did, records: Sequence[NewRecord], counted: CountedBlocks
+    ) -> set[Cid] | None:
+        """Those blocks of ``records`` that may have a count already; None: any of them may."""
+        cids = [record[1] for record in records]
+        if set(map(len, cids)) - {codecs.CID_BYTES}:
+            counted.alone = False
+        if counted.alone is None:
+            counted.alone = self._none_counted(did)
+        return counted.add(cids) if counted.alone else None
+
+    def _none_counted(self, did: Did) -> bool:
+        """Whether no block of the repository has a count, nor will have one by what is logged."""
+        life, (start, stop) = (did, self._epoch(did)), did_range(did)
+        if did in self._cleared or self._refs.get(life) or not self._state.refs.folded(life):
+            return False
+        if any(start <= key < stop for key in self._rows[BLOCK_REFS.name]):
+            return False
+        return next(self._db.raw_scan(BLOCK_REFS.name, start, stop), None) is None
+
+    def _put_new(
+        self, did: Did, rev: Rev, records: Sequence[NewRecord], live: bool, known: set[Cid] | None
+    ) -> bool:
+        """Store records of which none is; false, with nothing stored, when that is not so. ``known``: the
+        blocks that may have a count, None for any."""
         if self._ephemeral or not records:
             return False
         cids = [record[1] for record in records]
@@ -57,18 +117,20 @@ class NewRecords(SideVerbs):
         epoch = self._epoch(did)
         if self._keep_blocks:
             blocks = {prefix + record[1]: record[2] for record in records if record[2]}
-            self._keep_all(did, epoch, cids, blocks)
+            self._keep_all(did, epoch, cids, blocks, known)
         self._create_events(did, epoch, rev, records, live)
         self.ops += len(records)
         return True
 
-    def _keep_all(self, did: Did, epoch: int, cids: Sequence[Cid], blocks: dict[bytes, bytes]) -> None:
+    def _keep_all(
+        self, did: Did, epoch: int, cids: Sequence[Cid], blocks: dict[bytes, bytes], known: set[Cid] | None
+    ) -> None:
         """The blocks of new records, each referenced by its row and by its event."""
         references = dict.fromkeys(cids, 2)
         if len(references) < len(cids):
             references = {cid: 2 * count for cid, count in Counter(cids).items()}
         if self._state.refs.folded((did, epoch)):
-            self._count_at_once(did, epoch, references)
+            self._count_at_once(did, epoch, references, known)
         elif not self.add_all(self._refs.setdefault((did, epoch), {}), references):
             for cid, delta in references.items():
                 self.ref(did, epoch, cid, delta)
@@ -76,13 +138,16 @@ class NewRecords(SideVerbs):
         self.ops += len(cids)
         self.size += sum(map(len, blocks.values())) + 200 * len(cids)
 
-    def _count_at_once(self, did: Did, epoch: int, references: Mapping[Cid, int]) -> None:
+    def _count_at_once(
+        self, did: Did, epoch: int, references: Mapping[Cid, int], known: set[Cid] | None
+    ) -> None:
         """Raise the counts of blocks in their rows, past the log. Only for a life of which nothing that is
         committed waits to be folded: a fold that has read its counts already would undo this. What this group
         logs of it comes on top."""
         prefix = did.encode() + b"\0"
         added = {prefix + cid: delta for cid, delta in references.items()}
-        for key, count in self._stored_counts(did, list(added)):
+        perhaps = list(added) if known is None else [prefix + cid for cid in known]
+        for key, count in self._stored_counts(did, perhaps):
             added[key] += count
             if added[key] <= 0:  # it was negative, a fault of our own: zeros are for the fold to judge
                 cid = Cid(key[len(prefix) :])
@@ -93,6 +158,8 @@ class NewRecords(SideVerbs):
 
     def _stored_counts(self, did: Did, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int]]:
         """Those of a repository's counts that have a row, here or in the store."""
+        if not keys:
+            return
         name = BLOCK_REFS.name
         pending = self._rows[name]
         here = pending.keys() & set(keys)

@@ -29,6 +29,7 @@ from indexer.store.codecs import (
 )
 from indexer.store.counts import count_repo
 from indexer.store.keyspaces import PENDING
+from indexer.store.new_records import CountedBlocks as CountedBlocks
 from indexer.store.new_records import NewRecord as NewRecord
 from indexer.store.new_records import NewRecords
 from indexer.store.overlay import MISSING
@@ -92,11 +93,23 @@ class Transaction(NewRecords):
         if stored is not None and self._keep_blocks and not stored[0] & OVERSIZE:
             self.ref(did, epoch, stored[1:37], -1)
 
-    def put_records(self, did: Did, rev: Rev, records: Sequence[NewRecord], *, live: bool) -> None:
+    def put_records(
+        self,
+        did: Did,
+        rev: Rev,
+        records: Sequence[NewRecord],
+        *,
+        live: bool,
+        counted: CountedBlocks | None = None,
+    ) -> None:
         """As `put_record` for each of ``records`` (in key order), at a fraction of its cost where none of
         them, and nothing between them, is stored: a repository that is fetched for the first time. An empty
-        block is one that is kept already, for a record that stays."""
-        if not self._put_new(did, rev, records, live):
+        block is one that is kept already, for a record that stays. ``counted`` is of all calls by which one
+        apply puts a repository there, while nobody else writes to it."""
+        known = None
+        if counted is not None and self._keep_blocks:
+            known = self._counted_before(did, records, counted)
+        if not self._put_new(did, rev, records, live, known):
             for path, cid, block, flags in records:
                 self.put_record(did, path, cid, block, rev, live=live, flags=flags)
 

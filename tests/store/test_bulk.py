@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from indexer.errors import BadInput
 from indexer.store.codecs import INVALID, OVERSIZE, AccountStatus, Mode
+from indexer.store.database import Database
 from indexer.store.keyspaces import BLOCK_REFS, CHECKPOINT, COUNTS, CURSORS, KEYSPACES, RECORDS, REFLOG
 from indexer.store.refcounts import fold
-from indexer.store.transaction import NewRecord, Transaction
+from indexer.store.transaction import CountedBlocks, NewRecord, Transaction
 from tests.store.support import ALICE, BOB, REV, SYNCED, Store, block_of, cid_of, founded, opened
 
 Rows = dict[str, list[tuple[bytes, bytes]]]
@@ -134,6 +135,99 @@ def test_where_one_of_them_is_stored_they_go_in_one_by_one(stored: int, flags: i
     puts = records(dict.fromkeys(PATHS[:6], ("new", 0)))
     plan = Plan(Mode(), records({PATHS[stored]: ("old", flags)}), [], [puts], wiped=False, deletes=[])
     assert asyncio.run(outcome(in_bulk, plan)) == asyncio.run(outcome(one_by_one, plan))
+
+
+#: How many records, whether they share the commit of those before, and whether a fold comes first.
+pieces_of = st.lists(st.tuples(st.integers(0, len(PATHS)), st.booleans(), st.booleans()), max_size=6)
+
+
+@given(records_of, records_of, pieces_of, st.booleans(), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_repository_put_piece_by_piece_is_the_same_too(
+    before: dict[str, tuple[str, int]],
+    whole: dict[str, tuple[str, int]],
+    cuts: list[tuple[int, bool, bool]],
+    gone: bool,
+    folded: bool,
+) -> None:
+    async def rows_after(counted: CountedBlocks | None) -> Rows:
+        with tempfile.TemporaryDirectory() as folder:
+            async with opened(Path(folder), clock=Frozen()) as store:
+                await store.do(partial(founded, did=ALICE), one_by_one(ALICE, records(before)))
+                if gone:
+                    await store.do(*[partial(deleted, path=path) for path in before])
+                if folded:
+                    await store.checkpoint.run_once()
+                group: list[Act] = []
+                rest = records(whole)
+                for size, together, fold_first in [*cuts, (len(rest), False, False)]:
+                    if not together:
+                        await store.do(*group)
+                        group = []
+                    if fold_first:
+                        await store.checkpoint.run_once()
+                    part, rest = rest[:size], rest[size:]
+                    put = partial(Transaction.put_records, did=ALICE, rev=REV, records=part, live=False)
+                    group.append(partial(put, counted=counted) if counted else one_by_one(ALICE, part))
+                await store.do(*group)
+                store.assert_clean()
+                return await rows_at_rest(store)
+
+    def deleted(tx: Transaction, path: str) -> None:
+        tx.delete_record(ALICE, path, REV, live=False)
+
+    assert asyncio.run(rows_after(CountedBlocks(len(whole)))) == asyncio.run(rows_after(None))
+
+
+async def test_counts_of_a_new_repository_are_looked_for_only_where_they_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    get = Database.raw_multi_get
+
+    def watched(db: Database, name: str, keys: Sequence[bytes]) -> list[bytes | None]:
+        asked.extend([len(keys)] if name == BLOCK_REFS.name else [])
+        return get(db, name, keys)
+
+    monkeypatch.setattr(Database, "raw_multi_get", watched)
+    counted = CountedBlocks(2_000)
+    put = partial(Transaction.put_records, did=ALICE, rev=REV, live=False, counted=counted)
+    async with opened(tmp_path) as store:
+        await store.do(partial(founded, did=ALICE), partial(put, records=some(1_000)))
+        others = records({f"a.b.d/{number:04}": (f"other {number}", 0) for number in range(1_000)})
+        await store.do(partial(put, records=others))
+        assert sum(asked) < 100  # the filter is wrong for one in 64 at this load
+        await store.do(partial(put, records=some(10, "e")))
+        assert counts(store)[some(1)[0][1]] == 4
+        store.assert_clean()
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_counts_that_are_in_the_log_when_an_apply_begins_are_looked_for(
+    tmp_path: Path, together: bool
+) -> None:
+    """A fold writes them into the rows between the units of the apply."""
+    one = cid_of(block_of("one"))
+    put = partial(Transaction.put_records, did=ALICE, rev=REV, live=False, counted=CountedBlocks(100))
+    first = partial(put, records=records({"a.b.d/1": ("two", 0)}))
+    logged = one_by_one(ALICE, records({"a.b.c/1": ("one", 0)}))
+    async with opened(tmp_path) as store:
+        await store.do(partial(founded, did=ALICE), logged, *([first] if together else []))
+        if not together:
+            await store.do(first)
+        await store.checkpoint.run_once()
+        await store.do(partial(put, records=records({"a.b.e/1": ("one", 0)})))
+        assert counts(store)[one] == 4
+        store.assert_clean()
+
+
+def test_the_filter_forgets_nothing_and_has_a_bound() -> None:
+    cids = [cid_of(str(number).encode()) for number in range(3_000)]
+    counted = CountedBlocks(2_000)
+    assert len(counted.add(cids[:1_000])) + len(counted.add(cids[1_000:2_000])) < 100
+    assert counted.add(cids[:2_000]) == set(cids[:2_000])
+    assert len(CountedBlocks(10**9)._bits) == 1 << 20
+    assert CountedBlocks(0).add(cids[:2]) <= {cids[1]}
 
 
 def some(count: int, collection: str = "c") -> list[NewRecord]:
