@@ -206,7 +206,7 @@ class BackfillSettings(Section):
         1, ge=0, le=64, description="processes that verify repositories and rebuild trees; 0 is the daemon's"
     )
     disk_workers: int = Field(
-        0, ge=0, le=64, description="processes for repositories above `backfill.verify_mib`; 0: the same ones"
+        1, ge=0, le=64, description="processes for repositories above `backfill.verify_mib`; 0: the same ones"
     )
     verify_timeout: Duration = Field(
         600.0, gt=0, description="longest time that such a process may take for one repository"

@@ -97,6 +97,8 @@ def _multibase(text: object) -> bytes:
 def _on_curve(curve: Curve, encoded: bytes) -> PublicKey:
     """The key of an encoded point; `SignatureInvalid` when there is no such point."""
     try:
+        if HAVE_COINCURVE and curve == "k256":
+            return PublicKey(curve, _CoinKey(encoded).format())
         key = ec.EllipticCurvePublicKey.from_encoded_point(_EC_CURVES[curve], encoded)
     except ValueError as error:
         raise SignatureInvalid(f"not a point on {curve}: {encoded.hex()}") from error

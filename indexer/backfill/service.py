@@ -119,6 +119,8 @@ class Backfill:
         self._stopping = False
         self._paused = ""
         self._held = BACKFILL in paused_parts(db)
+        self._filter_rows: list[tuple[str, str]] | None = None
+        self._filtered = Filters()
 
     # ---- the way in
 
@@ -356,7 +358,12 @@ class Backfill:
         return not low
 
     def _filters(self) -> Filters:
-        return Filters.of(self._settings.filter).with_rows(self._db.filters())
+        """What is kept now; made anew where the stored filters have changed."""
+        rows = self._db.filters()
+        if rows != self._filter_rows:
+            self._filter_rows = rows
+            self._filtered = Filters.of(self._settings.filter).with_rows(rows)
+        return self._filtered
 
     # ---- what is told
 
