@@ -109,7 +109,8 @@ class Daemon:
         verifiers = Pool(settings.verifiers, settings.ingest.verify_timeout)
         limits = settings.backfill
         workers = Pool(limits.memory_workers, limits.verify_timeout)
-        disk_workers = Pool(limits.disk_workers, limits.verify_timeout) if limits.disk_workers else None
+        apart = limits.disk_workers if limits.memory_workers else 0
+        disk_workers = Pool(apart, limits.verify_timeout) if apart else None
         for pool in (verifiers, workers, disk_workers):
             if pool is not None:
                 self._on_stop(pool.stop)

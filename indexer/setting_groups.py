@@ -206,8 +206,10 @@ class BackfillSettings(Section):
         1, ge=0, le=64, description="processes that verify repositories and rebuild trees; 0 is the daemon's"
     )
     disk_workers: int = Field(
-        1, ge=0, le=64, description="processes for repositories above `backfill.verify_mib`; 0: the same ones"
-    )
+        1, ge=0, le=64,
+        description="processes for repositories above `backfill.verify_mib`; 0, as without memory_workers:"
+        " no other ones",
+    )  # fmt: skip
     verify_timeout: Duration = Field(
         600.0, gt=0, description="longest time that such a process may take for one repository"
     )

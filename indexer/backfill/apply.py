@@ -75,7 +75,7 @@ async def apply_repo(db: Database, writer: Writer, plan: Plan, bounds: Bounds) -
     steps = diff(read_index(plan.index), stored_pages(db, plan.did, bounds.changes, plan.ranges), plan.wants)
     changes = 0
     first = True
-    # Of one that takes a single unit nothing is to be remembered.
+    # A few records take one unit, as a rule, after which nothing is to be remembered.
     counted = CountedBlocks(plan.verified.records) if plan.verified.records > bounds.changes else None
     with CarBlocks(plan.car) as blocks:
         for part, last in joined(steps, bounds.changes, bounds.bytes):

@@ -1,14 +1,15 @@
 """The hosts behind one request: where a host redirects to another, that one's limits hold too.
 
 Owns what a request takes of each host on its way, beyond the first, for which the caller has paid: a slot, a
-token, the patience for them. So no host can make us ask another more than that one is to be asked.
+token, the patience for them. So no host can make us ask another more than that one is to be asked. And which
+host stands before all PDSes: the relay.
 Event loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from math import isinf
 from typing import Final, Self
 
@@ -17,6 +18,7 @@ from yarl import URL
 from indexer.backfill.hosts import Hosts, host_of
 from indexer.backfill.outcome import HOST_BUSY
 from indexer.errors import FetchTransient
+from indexer.ingest.account import PDS_PREFIX
 
 #: Between two looks for a free slot.
 _LOOK_S: Final = 0.05
@@ -84,3 +86,11 @@ class Hops:
         if self._taken:
             self._hosts.release(self._taken)
             self._taken = ""
+
+
+def relay_origin(upstreams: Sequence[str]) -> str:
+    """The HTTP origin of the first upstream that is a relay, "" when there is none."""
+    for url in upstreams:
+        if not url.startswith(PDS_PREFIX):
+            return url.replace("ws", "http", 1).rstrip("/") if url.startswith("ws") else url.rstrip("/")
+    return ""

@@ -31,8 +31,8 @@ _SHORTEST_S: Final = 1.0
 #: The pace is a mean over so many slots of so many seconds, the present busy time at most.
 _SLOT_S: Final = 10
 _SLOTS: Final = 60
-#: Idle for longer than this, and a new busy time begins.
-_IDLE_S: Final = 5.0
+#: The first few that leave in a busy time say little of it.
+_EARLY_S: Final = 5.0
 #: Who is to be tried again within this time belongs to what is going on: a host asked for patience. Longer
 #: waits are of repositories and hosts that fail, and have no end that could be foretold.
 _SOON_S: Final = 600.0
@@ -79,53 +79,63 @@ def asked_at(due: Micros, now: Micros) -> Micros:
 
 
 class Pace:
-    """Repositories that leave the queue, by time."""
+    """Repositories that leave the queue, by time.
+
+    A busy time lasts as long as something waits, so that a silence that a host asks for is part of it.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._slots: deque[tuple[int, int]] = deque()
-        self._began: float | None = None
-        self._last = 0.0
-        self._before = 0.0  # the pace of the busy time before
+        self._began: float | None = None  # of the present busy time
+        self._before = 0.0  # the pace of the one before
+        self._known = 0.0  # what was measured last
         self._working = 0
         #: How many have left since the start.
         self.left = 0
 
     def begin(self) -> None:
         """One is being worked on."""
-        now = self._clock()
-        if self._began is None or (not self._working and now - self._last > _IDLE_S):
-            self._before = self.per_s()
-            self._began = now
+        if self._began is None:
+            self._began = self._clock()
             self._slots.clear()
         self._working += 1
 
     def end(self, *, left: bool) -> None:
         """It is no longer; ``left`` when the queue has one less that is due."""
         self._working -= 1
-        self._last = now = self._clock()
         if left:
             self.left += 1
-            slot = int(now) // _SLOT_S
+            slot = int(self._clock()) // _SLOT_S
             count = self._slots.pop()[1] if self._slots and self._slots[-1][0] == slot else 0
             self._slots.append((slot, count + 1))
 
-    def per_s(self) -> float:
-        """The mean over the present busy time, its last ten minutes at most.
+    def rest(self) -> None:
+        """Nothing waits, or nothing may be fetched: unless something is still worked on, what follows is
+        another busy time."""
+        if not self._working:
+            self._before = self.per_s()
+            self._began = None
 
-        Before anything left in it, the pace of the one before, as far as the silence allows; 0.0 at first.
+    def per_s(self) -> float:
+        """The mean over the present busy time, its last ten minutes at most; 0.0 before anything ever left.
+
+        At its beginning the pace of the one before; where nothing left for long, what that allows.
         """
         if self._began is None:
-            return 0.0
-        now = self._clock() if self._working else self._last
+            return self._before
+        now = self._clock()
         first = int(now) // _SLOT_S - _SLOTS + 1
         while self._slots and self._slots[0][0] < first:
             self._slots.popleft()
         span = now - max(self._began, first * _SLOT_S)
+        if self._before and span < _EARLY_S:
+            return self._before
         left = sum(count for _slot, count in self._slots)
         if left and span > 0:
-            return left / span
-        return min(self._before, 1 / span) if span > 0 else self._before
+            self._known = left / span
+            return self._known
+        return min(self._known, 1 / span) if span > 0 else self._known
 
 
 class Progress:
@@ -158,6 +168,8 @@ class Progress:
             start = encode_due(keys[-1]) + b"\0"
             await asyncio.sleep(0)
         self.census = census
+        if not census.due and not census.soon:
+            self.pace.rest()
 
     def due(self) -> int:
         """Repositories that are due now, by the last census and what left since."""
@@ -169,14 +181,14 @@ class Progress:
         None where there is no such thing, or nothing has left yet.
         """
         census, rate = self.census, self.pace.per_s()
-        waiting = max(census.soon, census.due + census.soon - (self.pace.left - census.left))
-        if not waiting or not rate:
+        waiting = census.due + census.soon - (self.pace.left - census.left)
+        if waiting <= 0 or not rate:
             return None
         return max(waiting / rate, (census.last_soon - clock_us()) / 1e6)
 
-    def status(self) -> dict[str, Any]:
-        """Figures for `/stats`."""
-        census, due, eta = self.census, self.due(), self.eta_s()
+    def status(self, *, paused: bool) -> dict[str, Any]:
+        """Figures for `/stats`; nobody knows how long a pause lasts."""
+        census, due, eta = self.census, self.due(), None if paused else self.eta_s()
         return {
             "due": due,
             "later": census.later,

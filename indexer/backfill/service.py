@@ -22,6 +22,7 @@ from indexer.atproto.types import Did, Micros
 from indexer.backfill.budget import ByteBudget
 from indexer.backfill.fetch import Spool
 from indexer.backfill.holds import HoldUnit, Releases
+from indexer.backfill.hops import relay_origin
 from indexer.backfill.host_book import HostBook
 from indexer.backfill.hosts import Hosts, Views, host_of
 from indexer.backfill.job import Job, Tools
@@ -33,7 +34,6 @@ from indexer.backfill.stats import Stats
 from indexer.config import Settings
 from indexer.identity.http import HttpClient
 from indexer.identity.resolver import Resolver
-from indexer.ingest.account import PDS_PREFIX
 from indexer.ingest.bans import Bans
 from indexer.ingest.controls import BACKFILL, paused_parts
 from indexer.ingest.filters import Filters
@@ -110,7 +110,7 @@ class Backfill:
         self._ready = ReadyQueue(limits.window)
         self._first = False  # something was asked for that belongs in front
         self._position = ReadPosition(overlap_us=OVERLAP_US, rewind_us=REWIND_US)
-        self._jobs: dict[Did, asyncio.Task[None]] = {}
+        self._jobs: dict[Did, asyncio.Task[str | None]] = {}
         self._asked_again: set[Did] = set()  # they wait for another job, once theirs has ended
         self._postpone_at = 0.0
         self._read_again_at = 0.0  # after the queue was read to its end
@@ -215,6 +215,7 @@ class Backfill:
     async def _dispatch(self) -> None:
         """Starts jobs while there are free workers and due repositories."""
         if not self._has_space() or self._held:
+            self._progress.pace.rest()
             return
         if time.monotonic() >= self._postpone_at:
             await self._postpone()
@@ -324,29 +325,33 @@ class Backfill:
                     await self._put_off({host: [entry.did for entry in entries]})
 
     def _start(self, entry: Entry) -> None:
-        task = asyncio.create_task(self._work(entry), name=f"backfill {entry.did}")
+        """One job a repository at a time: what it writes rests on being the only one."""
+        task = asyncio.create_task(self._work(entry.did), name=f"backfill {entry.did}")
         self._progress.pace.begin()
         self._jobs[entry.did] = task
-        task.add_done_callback(lambda _: self._ended(entry.did))
+        task.add_done_callback(partial(self._ended, entry))
 
-    def _ended(self, did: Did) -> None:
-        self._jobs.pop(did, None)
+    def _ended(self, entry: Entry, task: asyncio.Task[str | None]) -> None:
+        did, busy = entry.did, None if task.cancelled() else task.result()
+        del self._jobs[did]
+        if busy is not None:  # not before: the window holds none that is worked on
+            self._ready.add(entry._replace(host=busy), always=True)
         if did in self._asked_again:  # the queue was read past it meanwhile
             self._asked_again.discard(did)
             self.wake()
         self._wake.set()
 
-    async def _work(self, entry: Entry) -> None:
+    async def _work(self, did: Did) -> str | None:
+        """The host that is busy, when the repository is to be started again; None when the job is done."""
         busy: str | None = ""
         try:
-            busy = await Job(self.tools, entry.did).run()
+            busy = await Job(self.tools, did).run()
         except Exception as error:  # our own state: `run` raises it and the daemon goes down
             self._failure = error
-            return
+            return None
         finally:
             self._progress.pace.end(left=busy is None)
-        if busy is not None:
-            self._ready.add(entry._replace(host=busy), always=True)
+        return busy
 
     def _has_space(self) -> bool:
         """Whether the disk has room above the soft floor."""
@@ -369,13 +374,13 @@ class Backfill:
 
     def status(self) -> dict[str, Any]:
         """Figures for `/stats`; the length of the queue is the store's to tell."""
-        stats = self._stats
+        stats, paused = self._stats, "operator" if self._held else self._paused
         return {
             "ready": len(self._ready),
             "in_flight": len(self._jobs),
             "in_flight_bytes": self._budget.used,
             "parsed_bytes": self._parsed.used,
-            **self._progress.status(),
+            **self._progress.status(paused=bool(paused)),
             "done": stats.done,
             "failed": dict(stats.failed),
             "parts": stats.parts,
@@ -386,13 +391,5 @@ class Backfill:
             "bytes": stats.bytes,
             "hosts": self._hosts.status(),
             "proxies": self._http.proxies.status() if self._http.proxies else [],
-            "paused": "operator" if self._held else self._paused,
+            "paused": paused,
         }
-
-
-def relay_origin(upstreams: Sequence[str]) -> str:
-    """The HTTP origin of the first upstream that is a relay, "" when there is none."""
-    for url in upstreams:
-        if not url.startswith(PDS_PREFIX):
-            return url.replace("ws", "http", 1).rstrip("/") if url.startswith("ws") else url.rstrip("/")
-    return ""

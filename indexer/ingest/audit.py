@@ -54,16 +54,18 @@ async def audit(db: Database, pool: Pool, did: Did) -> Audit:
     """Audit one repository. Raises `RequestError` (`RepoNotFound`, `RepoIncomplete`) for one that cannot be
     audited. Call it on the writer's loop."""
     records, tree = 0, no_tree()
+    finding: Finding | None = None
     with db.snapshot(REPOS, RECORDS) as snapshot:
         row = _auditable(snapshot.repo(did), did)
-        try:
-            async for paths, cids in _pages(snapshot, did):
-                records += len(paths)
-                tree = await pool.run(grown, tree, paths, cids)
-        except MstError as error:
-            finding = Finding("tree", f"the index holds what no tree can: {error}", "unchecked", b"")
-        else:
-            finding = await pool.run(inspect, did, row, tree)
+        async for paths, cids in _pages(snapshot, did):
+            records += len(paths)
+            try:
+                if finding is None:
+                    tree = await pool.run(grown, tree, paths, cids)
+            except MstError as error:
+                finding = Finding("tree", f"the index holds what no tree can: {error}", "unchecked", b"")
+    if finding is None:
+        finding = await pool.run(inspect, did, row, tree)
     rebuilt = format_cid(finding.root) if finding.root else ""
     return Audit(
         did, finding.outcome, finding.message, row.rev, format_cid(row.data), rebuilt,

@@ -24,7 +24,7 @@ NewRecord: TypeAlias = tuple[Path, Cid, bytes, int]  # path, CID, block, flags
 
 #: A number out of a CID's hash.
 _NUMBER: Final = struct.Struct("<4xQ24x")
-#: Bits of the filter for each record, and bytes of it at most.
+#: Bits of the filter for each record, or up to twice as many, and bytes of it at most.
 _BITS: Final = 32
 _FILTER_BYTES: Final = 1 << 20
 
@@ -91,7 +91,7 @@ class NewRecords(SideVerbs):
     def _none_counted(self, did: Did) -> bool:
         """Whether no block of the repository has a count, nor will have one by what is logged."""
         life, (start, stop) = (did, self._epoch(did)), did_range(did)
-        if did in self._cleared or self._refs.get(life) or not self._state.refs.folded(life):
+        if self._refs.get(life) or not self._state.refs.folded(life):
             return False
         if any(start <= key < stop for key in self._rows[BLOCK_REFS.name]):
             return False

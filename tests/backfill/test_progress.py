@@ -51,7 +51,7 @@ async def test_the_census_tells_who_waits_for_what(tmp_path: Path) -> None:
         progress = Progress(world.db)
         await progress.take()
         assert progress.census == Census(302, 2, 1, now - HOUR, now + HOUR, 0, 0, 0)
-        status = progress.status()
+        status = progress.status(paused=False)
         assert (status["due"], status["later"], status["held"], status["eta_s"]) == (302, 2, 1, None)
         assert (status["oldest_due_us"], status["next_due_us"]) == (now - HOUR, now + HOUR)
 
@@ -67,7 +67,7 @@ async def test_a_job_moves_the_figures(tmp_path: Path) -> None:
         assert status["repos_per_s"] > 0
 
 
-def test_what_left_since_the_census_does_not_wait() -> None:
+def test_what_left_is_not_awaited_and_silence_between_busy_times_does_not_count() -> None:
     clock = Clock()
     pace = Pace(clock)
     for left in (True, False, True):
@@ -76,17 +76,36 @@ def test_what_left_since_the_census_does_not_wait() -> None:
         pace.end(left=left)
     assert pace.left == 2
     assert pace.per_s() == pytest.approx(2 / 3)
+    pace.rest()
     clock.now += 1000  # idle: the pace stays what it was
     assert pace.per_s() == pytest.approx(2 / 3)
-    pace.begin()  # of a new busy time nothing is known yet but the pace before, and how long nothing came
+    pace.begin()
+    pace.rest()  # something is worked on
+    clock.now += 0.02
+    pace.end(left=True)  # one says little of a new busy time
     assert pace.per_s() == pytest.approx(2 / 3)
-    clock.now += 1
-    assert pace.per_s() == pytest.approx(2 / 3)
-    clock.now += 3
-    assert pace.per_s() == 0.25
-    clock.now -= 2
-    pace.end(left=True)
-    assert pace.per_s() == 0.5
+    clock.now += 4.98
+    assert pace.per_s() == pytest.approx(1 / 5)
+
+
+def test_a_silence_while_something_waits_is_part_of_the_pace() -> None:
+    """Ten repositories in a second, then a minute of patience for the host, again and again."""
+    clock = Clock()
+    pace = Pace(clock)
+    for _ in range(20):
+        left(pace, clock, 10, times=10)
+        clock.now += 60
+    assert pace.per_s() == pytest.approx(10 / 61, rel=0.1)
+
+
+def test_a_long_stall_lowers_the_pace_and_does_not_take_it_away() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    left(pace, clock, 1, times=100)
+    assert pace.per_s() == pytest.approx(1)
+    pace.begin()
+    clock.now += 750
+    assert pace.per_s() == pytest.approx(1 / 600, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +144,12 @@ async def test_the_last_tries_are_part_of_the_time_to_go(tmp_path: Path) -> None
         left(progress.pace, clock, 0.1)
         await progress.take()
         assert progress.eta_s() == pytest.approx(50)
+        assert (progress.status(paused=False)["eta_s"], progress.status(paused=True)["eta_s"]) == (50, None)
         left(progress.pace, clock, 0.1, times=4)  # none is due any more
         assert progress.due() == 0
         assert progress.eta_s() == pytest.approx(30, abs=10)
+        left(progress.pace, clock, 0.1)
+        assert progress.eta_s() is None
         await store(world, dict.fromkeys([*found][:5], waiting))
         await progress.take()
         assert (progress.census.later, progress.eta_s()) == (1, None)  # when that will do nobody can know

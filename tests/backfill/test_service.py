@@ -11,10 +11,12 @@ from aiohttp import web
 
 from indexer.atproto.types import Did
 from indexer.backfill import service
+from indexer.backfill.hops import relay_origin
+from indexer.backfill.hosts import Hosts
 from indexer.backfill.outcome import HOST_RESTS, reason_of
-from indexer.backfill.queue import CLAIMED_DUE
+from indexer.backfill.queue import CLAIMED_DUE, Entry
 from indexer.backfill.rows import PostponeUnit
-from indexer.backfill.service import relay_origin
+from indexer.backfill.service import Backfill
 from indexer.errors import WriterPoisoned
 from indexer.serve.management_repos import unfollowed
 from indexer.simulator.account import Account
@@ -277,3 +279,58 @@ def test_the_relay_is_the_first_upstream_that_is_no_pds() -> None:
     assert relay_origin(["pds::wss://a", "wss://relay.example/", "wss://b"]) == "https://relay.example"
     assert relay_origin(["ws://127.0.0.1:1"]) == "http://127.0.0.1:1"
     assert relay_origin(["pds::wss://a"]) == ""
+
+
+async def test_a_repository_is_worked_on_by_one_job_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dispatcher comes in the very turn of the loop in which a job finds its host busy."""
+    running: list[Did] = []
+    turn, hold = asyncio.Event(), asyncio.Event()
+
+    class Working:
+        def __init__(self, _tools: object, did: Did) -> None:
+            self.did = did
+
+        async def run(self) -> str | None:
+            running.append(self.did)
+            assert len(running) == len(set(running))
+            try:
+                if not turn.is_set():
+                    await turn.wait()
+                    return "host"
+                await hold.wait()
+                return None
+            finally:
+                running.remove(self.did)
+
+    async def dispatcher(backfill: Backfill) -> None:
+        await turn.wait()
+        await backfill._dispatch()
+
+    async def turns() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr("indexer.backfill.service.Job", Working)
+    monkeypatch.setattr(Hosts, "free", lambda _self, _host: True)
+    one = account("one")
+    async with Host() as host, World(tmp_path, host) as world:
+        row = NEW_REPO._replace(tracked=True, state=SyncState.BACKFILLING, due=CLAIMED_DUE)
+        await world.writer.run("row", lambda tx: tx.set_repo(one.did, row))
+        backfill = world.backfill
+        backfill._start(Entry(CLAIMED_DUE, one.did, "host"))
+        await turns()
+        dispatched = asyncio.create_task(dispatcher(backfill))
+        await turns()
+        turn.set()
+        await turns()
+        await dispatched
+        backfill.wake()
+        await backfill._dispatch()
+        await turns()
+        assert running == [one.did] == list(backfill._jobs)
+        jobs = [task for task in asyncio.all_tasks() if task.get_name().startswith("backfill ")]
+        assert len(jobs) == 1
+        hold.set()
+        await asyncio.gather(*jobs)

@@ -201,7 +201,11 @@ async def test_a_mismatch_is_counted_and_loud(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["app.bsky.feed.post", "app.bsky.feed.post/a b", "a.b.c/x\ny"])
-async def test_a_row_that_no_tree_can_hold_is_counted_and_loud(tmp_path: Path, path: str) -> None:
+async def test_a_row_that_no_tree_can_hold_is_counted_and_loud(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("indexer.ingest.audit._STEP_ROWS", 1)
+    monkeypatch.setattr("indexer.ingest.audit._PAGE_STEPS", 1)
     async with loaded(tmp_path) as (store, did):
         (_, row), *_ = store.db.records(did, limit=1)
         changes = [(RECORDS.name, RECORDS.key.encode((did, path)), RECORDS.value.encode(row))]
@@ -211,6 +215,7 @@ async def test_a_row_that_no_tree_can_hold_is_counted_and_loud(tmp_path: Path, p
             found = await auditor.run_once()
         assert found is not None
         assert (found.outcome, found.rebuilt, found.signature) == ("tree", "", "unchecked")
+        assert found.records == len(store.db.records(did))
         assert "no tree can" in found.message
         assert store.db.count("audit/tree") == 1
         assert [line["log_level"] for line in logs if line["event"] == "audit_mismatch"] == ["error"]

@@ -221,6 +221,19 @@ async def test_counts_that_are_in_the_log_when_an_apply_begins_are_looked_for(
         store.assert_clean()
 
 
+async def test_counts_that_an_apply_finds_in_its_group_are_added_to(tmp_path: Path) -> None:
+    one = cid_of(block_of("one"))
+    put = partial(Transaction.put_records, did=ALICE, rev=REV, live=False, counted=CountedBlocks(100))
+    async with opened(tmp_path) as store:
+        await store.do(
+            partial(founded, did=ALICE),
+            in_bulk(ALICE, records({"a.b.c/1": ("one", 0)})),
+            partial(put, records=records({"a.b.d/1": ("one", 0)})),
+        )
+        assert counts(store) == {one: 4}
+        store.assert_clean()
+
+
 def test_the_filter_forgets_nothing_and_has_a_bound() -> None:
     cids = [cid_of(str(number).encode()) for number in range(3_000)]
     counted = CountedBlocks(2_000)
