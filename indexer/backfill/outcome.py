@@ -21,15 +21,9 @@ from indexer.errors import (
     SignatureInvalid,
 )
 from indexer.identity.http import PROXY
+from indexer.ingest.account import ACCOUNT_ANSWERS
 from indexer.store.codecs import AccountStatus, RepoRow, SyncState
 
-#: A host's answers about the account itself: its status here, and the reason that is counted.
-ACCOUNT_ANSWERS: Final = {
-    "RepoDeactivated": (AccountStatus.DEACTIVATED, "repo_deactivated"),
-    "RepoTakendown": (AccountStatus.TAKENDOWN, "repo_takendown"),
-    "RepoSuspended": (AccountStatus.SUSPENDED, "repo_suspended"),
-    "RepoNotFound": (AccountStatus.UNKNOWN, "repo_not_found"),
-}
 BELOW_MIN_REV: Final = "below_min_rev"
 DRAIN: Final = "drain"
 HOST_BUSY: Final = "host_busy"

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from indexer.atproto.types import Micros
+from indexer.atproto.types import Did, Micros
 from indexer.backfill.hosts import HELD
 from indexer.backfill.outcome import reason_of
 from indexer.backfill.queue import CLAIMED_DUE, EXPLICIT_LEAD
@@ -31,8 +31,9 @@ _SHORTEST_S: Final = 1.0
 #: The pace is a mean over so many slots of so many seconds, the present busy time at most.
 _SLOT_S: Final = 10
 _SLOTS: Final = 60
-#: The first few that leave in a busy time say little of it.
+#: The first few that leave in a busy time say little of it; they are taken to have had so long at least.
 _EARLY_S: Final = 5.0
+_LEAST_S: Final = 1.0
 #: Who is to be tried again within this time belongs to what is going on: a host asked for patience. Longer
 #: waits are of repositories and hosts that fail, and have no end that could be foretold.
 _SOON_S: Final = 600.0
@@ -94,6 +95,11 @@ class Pace:
         #: How many have left since the start.
         self.left = 0
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or is worked on."""
+        return self._began is not None
+
     def begin(self) -> None:
         """One is being worked on."""
         if self._began is None:
@@ -102,7 +108,7 @@ class Pace:
         self._working += 1
 
     def end(self, *, left: bool) -> None:
-        """It is no longer; ``left`` when the queue has one less that is due."""
+        """It is no longer; ``left`` when the queue has one less that is due or will be soon."""
         self._working -= 1
         if left:
             self.left += 1
@@ -132,8 +138,8 @@ class Pace:
         if self._before and span < _EARLY_S:
             return self._before
         left = sum(count for _slot, count in self._slots)
-        if left and span > 0:
-            self._known = left / span
+        if left:
+            self._known = left / max(span, _LEAST_S)
             return self._known
         return min(self._known, 1 / span) if span > 0 else self._known
 
@@ -171,6 +177,11 @@ class Progress:
         if not census.due and not census.soon:
             self.pace.rest()
 
+    def has_left(self, did: Did) -> bool:
+        """Whether a repository waits for no other fetch, or for one that is far off."""
+        row = self._db.repo(did)
+        return row is None or not is_waiting(row) or row.due > clock_us() + _SOON_S * 1e6
+
     def due(self) -> int:
         """Repositories that are due now, by the last census and what left since."""
         return max(0, self.census.due - (self.pace.left - self.census.left))
@@ -195,6 +206,6 @@ class Progress:
             "held": census.held,
             "oldest_due_us": (census.oldest_due or None) if due else None,
             "next_due_us": census.next_due or None,
-            "repos_per_s": round(self.pace.per_s(), 2),
+            "repos_per_s": round(self.pace.per_s(), 2) if self.pace.busy else 0.0,
             "eta_s": None if eta is None else round(eta, 1),
         }

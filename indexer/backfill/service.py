@@ -343,14 +343,14 @@ class Backfill:
 
     async def _work(self, did: Did) -> str | None:
         """The host that is busy, when the repository is to be started again; None when the job is done."""
-        busy: str | None = ""
+        left, busy = False, None
         try:
             busy = await Job(self.tools, did).run()
+            left = busy is None and self._progress.has_left(did)
         except Exception as error:  # our own state: `run` raises it and the daemon goes down
             self._failure = error
-            return None
         finally:
-            self._progress.pace.end(left=busy is None)
+            self._progress.pace.end(left=left)
         return busy
 
     def _has_space(self) -> bool:

@@ -32,11 +32,12 @@ from indexer.backfill.budget import Share
 from indexer.backfill.fetch import Fetched, Part, refuse
 from indexer.backfill.hops import Hops
 from indexer.backfill.hosts import Hosts, host_of
-from indexer.backfill.outcome import ACCOUNT_ANSWERS, HOST_BUSY
+from indexer.backfill.outcome import HOST_BUSY
 from indexer.backfill.waits import allowance_of
 from indexer.config import BackfillSettings
 from indexer.errors import CarError, FetchError, FetchRefused, FetchTransient
 from indexer.identity.http import HttpClient
+from indexer.ingest.account import ACCOUNT_ANSWERS
 from indexer.ingest.filters import Filters
 from indexer.repo.ranges import Estimate, Range, RangePlan, probe_of, ranges_of
 from indexer.repo.walker import checked_commit

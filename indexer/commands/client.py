@@ -132,7 +132,8 @@ async def _refusal(response: aiohttp.ClientResponse) -> FetchRefused:
 def _unreachable(url: str, error: BaseException) -> str:
     base = "/".join(url.split("/")[:3])
     why = str(error) or type(error).__name__
-    return f"no daemon answers at {base} ({why}); start it with `indexer run`, or name its --url"
+    hint = "start it with `indexer run`, or name its --url and --management-url"
+    return f"no daemon answers at {base} ({why}); {hint}"
 
 
 def with_daemon(command: Callable[..., None]) -> Callable[..., None]:

@@ -37,6 +37,8 @@ from indexer.store.restore import expect_whole
 #: Time between two looks of `repo add --wait`, in seconds.
 _POLL_S = 0.5
 _PIECE = 1 << 18
+#: Of why a repository waits so much is shown beside its bar.
+_REASON_WIDTH = 120
 #: What `repo status` shows of the backfill's figures, in order.
 _OVERVIEW = (
     "due", "later", "held", "in_flight", "eta_s", "repos_per_s", "records_per_s", "oldest_due_us",
@@ -153,7 +155,8 @@ class _Look:
         for did in dids:
             row = await self._row(did)
             if row is not None and self.tell is not None:
-                about = f"{did} {row['state']}, {counted(row['records'], 'record')}"
+                why = f", {safe_text(row['error'])[:_REASON_WIDTH]}" if row["error"] else ""
+                about = f"{did} {row['state']}, {counted(row['records'], 'record')}{why}"
                 self.tell(about, self.done + len(settled), self.total)
             if row is None or self.tell is None or _is_settled(row):
                 settled[did] = row

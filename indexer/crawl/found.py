@@ -20,7 +20,7 @@ from indexer.backfill.rows import RequestUnit
 from indexer.crawl.pages import BY_COLLECTION, Listed
 from indexer.crawl.sweep import Sweep
 from indexer.crawl.tools import WAITING, WITHOUT, tally
-from indexer.ingest.account import status_of
+from indexer.ingest.account import LIST_PREFIX, status_of
 from indexer.ingest.apply import Applier
 from indexer.ingest.filters import Filters
 from indexer.ingest.revs import is_behind
@@ -28,8 +28,6 @@ from indexer.store.codecs import RepoRow, Work
 from indexer.store.transaction import Transaction
 
 _LAST_CLOCK = 1023
-#: What an account's words by a list are kept under: this and the origin of the list.
-WORDS = "crawler::"
 
 
 class Finding(NamedTuple):
@@ -155,7 +153,7 @@ class FoundUnit:
         Whether the account is new, for which there has to be room, as for one that is active.
         """
         did, row = listed.did, tx.repo(listed.did)
-        source = WORDS + self.lister.url
+        source = LIST_PREFIX + self.lister.url
         if row is not None and listed.active:
             if not any(word.source == source and not word.active for word in tx.account_words(did)):
                 return False  # it was not this list that said otherwise

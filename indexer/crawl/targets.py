@@ -18,7 +18,6 @@ import structlog
 from indexer.atproto.types import Micros
 from indexer.backfill.hosts import host_of
 from indexer.config import parse_crawler_source
-from indexer.crawl.found import WORDS
 from indexer.crawl.pages import HOSTS as HOSTS_MODE
 from indexer.crawl.pages import LIST_REPOS
 from indexer.crawl.sweep import Sweep
@@ -26,6 +25,7 @@ from indexer.crawl.tools import HOST, LISTED, SOURCE, CrawlTools, tally
 from indexer.errors import RequestError, UrlRefused
 from indexer.identity.guard import check_url, is_public_address
 from indexer.ingest import unheard
+from indexer.ingest.account import LIST_PREFIX
 from indexer.store.codecs import SourceRow, did_range
 from indexer.store.keyspaces import CRAWL, SOURCES
 from indexer.store.transaction import Transaction
@@ -198,7 +198,7 @@ class Targets:
                 else:
                     tx.set_source(KIND, name, SourceRow(True, True, tx.now_us))
                 if name.startswith(LIST_REPOS):
-                    unheard.cancel(tx, WORDS + parse_crawler_source(name)[1])
+                    unheard.cancel(tx, LIST_PREFIX + parse_crawler_source(name)[1])
 
             await self._tools.writer.run("crawler_source_add", store)
             target = target or self._put(name, from_settings=False, enabled=True)
@@ -311,7 +311,7 @@ def _forget(name: str, tx: Transaction) -> None:
     """Where its sweep is, and what it said of accounts."""
     tx.set_crawl_row(SOURCE, name, None)
     if name.startswith(LIST_REPOS):
-        unheard.plan(tx, WORDS + parse_crawler_source(name)[1])
+        unheard.plan(tx, LIST_PREFIX + parse_crawler_source(name)[1])
 
 
 def _reset(keys: list[tuple[str, str]], tx: Transaction) -> None:

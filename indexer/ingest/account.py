@@ -6,9 +6,10 @@ change of it does to a repository's row. Leaves out asking the PDS (`identities`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
+from typing import Final
 from urllib.parse import urlsplit
 
 from indexer.atproto.types import Micros
@@ -33,13 +34,23 @@ _SEVERITY: Sequence[AccountStatus] = (
 _RANK = {status: rank for rank, status in enumerate(_SEVERITY)}
 #: What a relay decides by itself: the account's PDS cannot refute it.
 _MODERATION = frozenset((AccountStatus.SUSPENDED, AccountStatus.TAKENDOWN))
+#: What the source of a word from a list begins with; what follows is the host's URL.
+LIST_PREFIX: Final = "crawler::"
+#: A host's answers about the account itself: its status here, and the reason that is counted.
+ACCOUNT_ANSWERS: Final = {
+    "RepoDeactivated": (AccountStatus.DEACTIVATED, "repo_deactivated"),
+    "RepoTakendown": (AccountStatus.TAKENDOWN, "repo_takendown"),
+    "RepoSuspended": (AccountStatus.SUSPENDED, "repo_suspended"),
+    "RepoNotFound": (AccountStatus.UNKNOWN, "repo_not_found"),
+}
+_ACCOUNT_REASONS: Final = frozenset(reason for _status, reason in ACCOUNT_ANSWERS.values())
 _DEFAULT_PORTS = {"https": 443, "wss": 443, "http": 80, "ws": 80}
 
 
 @lru_cache(maxsize=4096)
 def host_and_port(url: str) -> str:
     """``host:port`` of a URL or upstream name, the same for https and wss; "" when there is none."""
-    parts = urlsplit(url.removeprefix(PDS_PREFIX))
+    parts = urlsplit(url.removeprefix(PDS_PREFIX).removeprefix(LIST_PREFIX))
     try:
         port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
     except ValueError:
@@ -85,13 +96,14 @@ def is_doubtful(word: AccountWord, stored: AccountWord | None) -> bool:
 def effective(words: Sequence[AccountWord], pds: str) -> AccountStatus:
     """The status that counts: the current PDS's word, else the most restrictive one, as checked.
 
-    A check outweighs older words of relays, but not their moderation.
+    A check outweighs older words of relays, but not their moderation. Of a relay's stream and its list the
+    newer one speaks for it.
     """
     own = [word for word in words if word.source.startswith(PDS_PREFIX) and has_authority(word.source, pds)]
     checked = [word for word in words if word.source == CHECKED]
     if own:
         return max(own + checked, key=lambda word: word.time).status
-    relays = [word for word in words if word not in checked and not word.source.startswith(PDS_PREFIX)]
+    relays = _newest(word for word in words if word not in checked and not word.source.startswith(PDS_PREFIX))
     standing = [
         word
         for word in relays
@@ -102,8 +114,23 @@ def effective(words: Sequence[AccountWord], pds: str) -> AccountStatus:
     return max((word.status for word in standing), key=_RANK.__getitem__, default=AccountStatus.ACTIVE)
 
 
+def _newest(words: Iterable[AccountWord]) -> list[AccountWord]:
+    """The last word of each host."""
+    found: dict[str, AccountWord] = {}
+    for word in words:
+        host = host_and_port(word.source) or word.source
+        if host not in found or _age(found[host]) < _age(word):
+            found[host] = word
+    return list(found.values())
+
+
+def _age(word: AccountWord) -> tuple[Micros, int]:
+    return word.time, _RANK[word.status]
+
+
 def with_status(row: RepoRow, status: AccountStatus, now_us: Micros, *, ephemeral: bool) -> RepoRow:
-    """The row under its new status. Active again: fetched if anything was missed meanwhile.
+    """The row under its new status. Active again: fetched if anything was missed meanwhile, and at once where
+    a fetch was refused for the status.
 
     Frames of an account that is not active may never have been sent to us: its host is asked for its rev.
     """
@@ -115,4 +142,6 @@ def with_status(row: RepoRow, status: AccountStatus, now_us: Micros, *, ephemera
     if row.state is SyncState.SYNCED and row.min_rev <= row.rev:
         return row._replace(work=row.work | Work.COMPARE_REV)
     state = SyncState.DESYNCHRONIZED if row.state is SyncState.SYNCED else row.state
+    if row.error.partition(":")[0] in _ACCOUNT_REASONS:
+        return row._replace(state=state, due=now_us, attempt=0, error="")
     return row._replace(state=state, due=row.due or now_us)

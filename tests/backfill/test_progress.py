@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ async def test_a_job_moves_the_figures(tmp_path: Path) -> None:
         await world.running(lambda: world.row(one).state is SyncState.SYNCED)
         status = world.backfill.status()
         assert status["due"] == 0
-        assert status["repos_per_s"] > 0
+        assert world.backfill._progress.pace.left == 1
 
 
 def test_what_left_is_not_awaited_and_silence_between_busy_times_does_not_count() -> None:
@@ -128,6 +129,35 @@ def test_who_is_tried_again_before_the_end_or_soon_belongs_to_the_forecast(
         census = census.with_rows(rows[first : first + 4], now, rate)
     assert (census.due, census.later, census.soon) == (10, len(waits), soon)
     assert census.last_soon == (now + last * 1_000_000 if last else 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "due_s", "left"),
+    [
+        ({"state": SyncState.SYNCED}, 0, True),
+        ({"attempt": 1, "error": "rate_limited: wait"}, 1, False),
+        ({"attempt": 9, "error": "slow: it was"}, 1200, True),
+    ],
+)
+async def test_what_comes_back_soon_has_not_left(
+    tmp_path: Path, fields: dict[str, Any], due_s: int, left: bool
+) -> None:
+    due = clock_us() + due_s * 1_000_000
+    async with Host() as host, World(tmp_path, host) as world:
+        await store(world, {"one": NEW_REPO._replace(tracked=True, due=due, **fields)})
+        assert Progress(world.db).has_left("did:plc:" + "one".ljust(24, "a")) is left
+        assert Progress(world.db).has_left("did:plc:" + "two".ljust(24, "a"))
+
+
+def test_an_idle_queue_has_no_pace() -> None:
+    clock = Clock()
+    progress = Progress(None, clock)  # type: ignore[arg-type]
+    progress.pace.begin()
+    clock.now += 0.01
+    progress.pace.end(left=True)
+    assert progress.status(paused=False)["repos_per_s"] == 1  # not a hundred a second, by one of them
+    progress.pace.rest()
+    assert progress.status(paused=False)["repos_per_s"] == 0
 
 
 async def test_the_last_tries_are_part_of_the_time_to_go(tmp_path: Path) -> None:

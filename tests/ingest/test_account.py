@@ -24,6 +24,7 @@ A, D, T, X = (
 PDS = "https://pds.test"
 OWN, OLD = "pds::wss://pds.test", "pds::wss://old.test"
 RELAY, OTHER = "wss://relay.test", "wss://other.test"
+LISTED = "crawler::https://relay.test"
 
 
 def word(source: str, status: AccountStatus, time: int = 1, seq: int = 1) -> AccountWord:
@@ -47,6 +48,10 @@ def word(source: str, status: AccountStatus, time: int = 1, seq: int = 1) -> Acc
         ([word(RELAY, D, 1), word(CHECKED, X, 2)], X),
         ([word(RELAY, A, 3), word(CHECKED, X, 2)], A),
         ([word(OWN, A, 3), word(CHECKED, D, 2)], A),
+        ([word(LISTED, T, 1), word(RELAY, A, 2)], A),  # the same relay's list and stream
+        ([word(LISTED, T, 2), word(RELAY, A, 1)], T),
+        ([word(LISTED, T, 1), word(RELAY, A, 1)], T),
+        ([word(LISTED, T, 1), word(OTHER, A, 2)], T),
         ([word(OWN, D, 1), word(CHECKED, A, 2)], A),
     ],
 )
@@ -118,6 +123,8 @@ SYNCED = NEW_REPO._replace(tracked=True, state=SyncState.SYNCED, rev="b", min_re
         (SYNCED, SyncState.SYNCED, 0),
         (SYNCED._replace(min_rev="c"), SyncState.DESYNCHRONIZED, 7),
         (NEW_REPO, SyncState.PENDING, 7),
+        (NEW_REPO._replace(due=9, attempt=3, error="slow: it was"), SyncState.PENDING, 9),
+        (NEW_REPO._replace(due=9, attempt=3, error="repo_takendown: its host says so"), SyncState.PENDING, 7),
         (NEW_REPO._replace(state=SyncState.BACKFILLING, due=1), SyncState.BACKFILLING, 1),
     ],
 )
