@@ -13,9 +13,9 @@ from typing import Final
 
 from indexer.atproto.types import Did, Micros
 from indexer.backfill.hosts import HELD, Hosts
-from indexer.backfill.outcome import reason_of
 from indexer.backfill.rows import is_waiting, known_identity
 from indexer.identity.resolver import Identity
+from indexer.ingest.account import reason_of
 from indexer.store.database import Database
 from indexer.store.keyspaces import PENDING, REPOS
 from indexer.store.transaction import Transaction

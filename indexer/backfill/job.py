@@ -31,7 +31,6 @@ from indexer.backfill.outcome import (
     HOST_BUSY,
     accepts_old,
     judge,
-    reason_of,
     wants_fresh_identity,
     worth_another_host,
 )
@@ -52,6 +51,7 @@ from indexer.errors import (
 )
 from indexer.identity.http import PROXY, HttpClient
 from indexer.identity.resolver import Identity, Resolver
+from indexer.ingest.account import reason_of
 from indexer.ingest.filters import Filters
 from indexer.pool import Pool
 from indexer.store.archives import Archives

@@ -21,7 +21,7 @@ from indexer.errors import (
     SignatureInvalid,
 )
 from indexer.identity.http import PROXY
-from indexer.ingest.account import ACCOUNT_ANSWERS
+from indexer.ingest.account import ACCOUNT_ANSWERS, reason_of
 from indexer.store.codecs import AccountStatus, RepoRow, SyncState
 
 BELOW_MIN_REV: Final = "below_min_rev"
@@ -123,11 +123,6 @@ def failed(
         attempt=attempt,
         error=f"{failure.reason}: {failure.message}"[:500],
     )
-
-
-def reason_of(error: str) -> str:
-    """The reason that a row's error begins with."""
-    return error.partition(":")[0]
 
 
 def accepts_old(row: RepoRow, rev: Rev, tries: int) -> bool:

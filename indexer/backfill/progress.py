@@ -15,9 +15,9 @@ from typing import Any, Final, NamedTuple
 
 from indexer.atproto.types import Did, Micros
 from indexer.backfill.hosts import HELD
-from indexer.backfill.outcome import reason_of
 from indexer.backfill.queue import CLAIMED_DUE, EXPLICIT_LEAD
 from indexer.backfill.rows import is_waiting
+from indexer.ingest.account import reason_of
 from indexer.store.codecs import RepoRow, encode_due
 from indexer.store.database import Database
 from indexer.store.keyspaces import PENDING, REPOS

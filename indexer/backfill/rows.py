@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from indexer.atproto.types import Did, Micros
 from indexer.backfill.hosts import HELD
-from indexer.backfill.outcome import HOST_RESTS, Failure, failed, reason_of
+from indexer.backfill.outcome import HOST_RESTS, Failure, failed
 from indexer.backfill.queue import CLAIMED_DUE, explicit_due, found_due
 from indexer.config import BackfillSettings
 from indexer.identity.resolver import Identity
+from indexer.ingest.account import reason_of
 from indexer.ingest.hearsay import FORGOTTEN, GONE, grace_left, unheard_of
 from indexer.ingest.words import bury, with_check, with_identity
 from indexer.store.codecs import NEW_REPO, AccountStatus, AccountWord, RepoRow, SyncState, Work

@@ -128,6 +128,11 @@ def _age(word: AccountWord) -> tuple[Micros, int]:
     return word.time, _RANK[word.status]
 
 
+def reason_of(error: str) -> str:
+    """The reason that a row's error begins with."""
+    return error.partition(":")[0]
+
+
 def with_status(row: RepoRow, status: AccountStatus, now_us: Micros, *, ephemeral: bool) -> RepoRow:
     """The row under its new status. Active again: fetched if anything was missed meanwhile, and at once where
     a fetch was refused for the status.
@@ -142,6 +147,6 @@ def with_status(row: RepoRow, status: AccountStatus, now_us: Micros, *, ephemera
     if row.state is SyncState.SYNCED and row.min_rev <= row.rev:
         return row._replace(work=row.work | Work.COMPARE_REV)
     state = SyncState.DESYNCHRONIZED if row.state is SyncState.SYNCED else row.state
-    if row.error.partition(":")[0] in _ACCOUNT_REASONS:
+    if reason_of(row.error) in _ACCOUNT_REASONS:
         return row._replace(state=state, due=now_us, attempt=0, error="")
     return row._replace(state=state, due=row.due or now_us)

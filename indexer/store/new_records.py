@@ -77,13 +77,8 @@ class NewRecords(SideVerbs):
             self._undo.append((cids, cid, old))
             cids[cid] = old + delta
 
-    def _counted_before(
-        self, did: Did, records: Sequence[NewRecord], counted: CountedBlocks
-    ) -> set[Cid] | None:
-        """Those blocks of ``records`` that may have a count already; None: any of them may."""
-        cids = [record[1] for record in records]
-        if set(map(len, cids)) - {codecs.CID_BYTES}:
-            counted.alone = False
+    def _counted_before(self, did: Did, cids: Sequence[Cid], counted: CountedBlocks) -> set[Cid] | None:
+        """Those of ``cids`` that may have a count already; None: any of them may."""
         if counted.alone is None:
             counted.alone = self._none_counted(did)
         return counted.add(cids) if counted.alone else None
@@ -98,14 +93,19 @@ class NewRecords(SideVerbs):
         return next(self._db.raw_scan(BLOCK_REFS.name, start, stop), None) is None
 
     def _put_new(
-        self, did: Did, rev: Rev, records: Sequence[NewRecord], live: bool, known: set[Cid] | None
+        self, did: Did, rev: Rev, records: Sequence[NewRecord], live: bool, counted: CountedBlocks | None
     ) -> bool:
-        """Store records of which none is; false, with nothing stored, when that is not so. ``known``: the
-        blocks that may have a count, None for any."""
+        """Store records of which none is; false, with nothing stored, when that is not so."""
         if self._ephemeral or not records:
             return False
         cids = [record[1] for record in records]
-        if any(record[3] for record in records) or set(map(len, cids)) != {codecs.CID_BYTES}:
+        if set(map(len, cids)) != {codecs.CID_BYTES}:
+            if counted is not None:
+                counted.alone = False
+            return False  # a CID that is none is refused where it is put alone
+        # Also of those that go in one by one after all: they are counted then, too.
+        known = None if counted is None or not self._keep_blocks else self._counted_before(did, cids, counted)
+        if any(record[3] for record in records):
             return False
         prefix, tail = f"{did}\0".encode(), rev.encode()
         rows = {prefix + record[0].encode(): b"\0" + record[1] + tail for record in records}

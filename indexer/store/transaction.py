@@ -106,10 +106,7 @@ class Transaction(NewRecords):
         them, and nothing between them, is stored: a repository that is fetched for the first time. An empty
         block is one that is kept already, for a record that stays. ``counted`` is of all calls by which one
         apply puts a repository there, while nobody else writes to it."""
-        known = None
-        if counted is not None and self._keep_blocks:
-            known = self._counted_before(did, records, counted)
-        if not self._put_new(did, rev, records, live, known):
+        if not self._put_new(did, rev, records, live, counted):
             for path, cid, block, flags in records:
                 self.put_record(did, path, cid, block, rev, live=live, flags=flags)
 

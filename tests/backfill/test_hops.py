@@ -13,9 +13,10 @@ from aiohttp import web
 from indexer.backfill.hops import Hops
 from indexer.backfill.hosts import Hosts, host_of
 from indexer.backfill.job import Job
-from indexer.backfill.outcome import HOST_BUSY, reason_of
+from indexer.backfill.outcome import HOST_BUSY
 from indexer.crawl.tools import CrawlTools, expect_able
 from indexer.errors import FetchTransient
+from indexer.ingest.account import reason_of
 from indexer.simulator.account import Account
 from indexer.store.codecs import SyncState
 from tests.backfill.part_host import PartHost

@@ -14,7 +14,7 @@ from aiohttp import web
 from indexer.backfill.holds import HoldUnit, Releases
 from indexer.backfill.host_book import SaveUnit
 from indexer.backfill.hosts import BANNED, OVER_LIMIT, host_of
-from indexer.backfill.outcome import reason_of
+from indexer.ingest.account import reason_of
 from indexer.simulator.account import Account
 from indexer.store.check import check
 from indexer.store.codecs import NEW_REPO, SyncState

@@ -13,11 +13,12 @@ from indexer.atproto.types import Did
 from indexer.backfill import service
 from indexer.backfill.hops import relay_origin
 from indexer.backfill.hosts import Hosts
-from indexer.backfill.outcome import HOST_RESTS, reason_of
+from indexer.backfill.outcome import HOST_RESTS
 from indexer.backfill.queue import CLAIMED_DUE, Entry
 from indexer.backfill.rows import PostponeUnit
 from indexer.backfill.service import Backfill
 from indexer.errors import WriterPoisoned
+from indexer.ingest.account import reason_of
 from indexer.serve.management_repos import unfollowed
 from indexer.simulator.account import Account
 from indexer.store.codecs import NEW_REPO, SyncState
